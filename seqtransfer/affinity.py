@@ -29,43 +29,44 @@ def sample(task: Task,  # any task
     "The cases that stand for a task: those of the patients with the lowest lottery numbers, the same in every task that has them."
     return tuple(sorted(task.cases, key=lambda c: (seed_for(seed, "affinity", c.patient), c.patient))[:cases])
 
-# %% ../nbs/12_affinity.ipynb #0781048b
+# %% ../nbs/12_affinity.ipynb #ce075be0
 def _in_threads(work, items: list, text: str):
-    "Yields `work(item)` in order, from one thread per core (memory allows eight), with progress."
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    "Yields `work(item)` in order, from one thread per core (up to four, for the memory's sake), with progress."
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         yield from progress(threads.map(work, items), text, total=len(items))
 
 
-def _read_image(cases, exact: bool, labels: dict) -> dict:  # Case -> (ImageSignature, LabelSignature)
-    "Reads the cases of one image file, one per label, and keeps new masks in `labels`; adds the file's name to what is wrong with the image."
+def _read_image(cases, exact: bool, owners) -> dict:  # Case -> (ImageSignature, LabelSignature or None)
+    "Reads the cases of one image file, one per label, and grids the masks of `owners`; adds the file's name to what is wrong with the image."
     volumes = [read_case(c) for c in cases]
     try:
         images = image_signatures(volumes[0].image, [v.mask for v in volumes], exact)
     except InputError as e:
         raise InputError(f"{cases[0].image}: {e}.") from e
-    for c, v in zip(cases, volumes):
-        if (c.mask, c.labels) not in labels: labels[c.mask, c.labels] = label_signature(v.mask)
-    return {c: (image, labels[c.mask, c.labels]) for c, image in zip(cases, images)}
+    return {c: (image, label_signature(v.mask) if c in owners else None) for c, image, v in zip(cases, images, volumes)}
 
 
 def signature(case,  # a `Case`
               exact: bool = False,  # keep all scores of the raw volume
              ) -> tuple:  # (ImageSignature, LabelSignature)
     "What one reading of a case leaves; raises `InputError` naming the file when it cannot be read or is constant."
-    return _read_image([case], exact, {})[case]
+    return _read_image([case], exact, {case})[case]
 
-
+# %% ../nbs/12_affinity.ipynb #f93f87e2
 def signatures(pool,  # the tasks
                cases: int = 10,  # sampled from each
                seed: int = 0,  # of the sample
                exact: bool = False,  # keep all scores of the raw volumes
               ) -> dict:  # Case -> (ImageSignature, LabelSignature), for the sampled cases
     "The signatures of the sampled cases of all tasks; every image is analysed once."
-    images, labels = {}, {}
+    images, owner = {}, {}
     for case in dict.fromkeys(c for t in pool for c in sample(t, cases, seed)):
-        images.setdefault(str(case.image), []).append(case)
-    parts = _in_threads(lambda group: _read_image(group, exact, labels), list(images.values()), "reading volumes")
-    return {c: s for part in parts for c, s in part.items()}
+        images.setdefault(case.image, []).append(case)
+        owner.setdefault((case.mask, case.labels), case)
+    owners = set(owner.values())
+    parts = _in_threads(lambda group: _read_image(group, exact, owners), list(images.values()), "reading volumes")
+    found = {c: s for part in parts for c, s in part.items()}
+    return {c: (image, found[owner[c.mask, c.labels]][1]) for c, (image, _) in found.items()}
 
 # %% ../nbs/12_affinity.ipynb #290060fd
 def case_pairs(a,  # cases of one task

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'plan_for', 'prepare', 'restore', 'device', 'build_network', 'save_network', 'load_network']
 
-# %% ../nbs/30_networks.ipynb #8e2059c0
+# %% ../nbs/30_networks.ipynb #9b3d2480
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.networks.nets import UNet
-from monai.transforms import ResampleToMatch, Spacing
+from monai.transforms import CropForeground, ResampleToMatch, Spacing, SpatialCrop
 from safetensors.torch import load_file, save_file
 
 from .core import InputError, replacing
 from .tasks import Volume, foreground, zscore
 
-# %% ../nbs/30_networks.ipynb #cb432ffd
+# %% ../nbs/30_networks.ipynb #754562e0
 @dataclass(frozen=True)
 class Plan:
     "What every stage of one transfer path shares."
@@ -33,13 +33,13 @@ def plan_for(volumes: list,  # of `Volume`: the few-shot cases of the target
              largest: int = 64,  # longest patch side, voxels
              batch: int = 2,  # patches per step
             ) -> Plan:  # for the target and every source on the way to it
-    "The plan of a target: the median spacing, and a patch that covers the median volume up to `largest` voxels a side."
+    "The plan of a target: the median spacing, and a patch that covers the median foreground up to `largest` voxels a side."
     spacing = np.median([v.spacing for v in volumes], axis=0)
-    shape = np.median([v.image.shape for v in volumes], axis=0)
+    shape = np.median([np.ptp(np.argwhere(foreground(v.image)), axis=0) + 1 for v in volumes], axis=0)
     patch = np.clip(np.ceil(shape / 8) * 8, 16, max(16, largest // 8 * 8))
     return Plan(tuple(round(float(s), 4) for s in spacing), tuple(int(p) for p in patch), batch=batch)
 
-# %% ../nbs/30_networks.ipynb #43462c4e
+# %% ../nbs/30_networks.ipynb #b0b4766f
 def _meta(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
     "An HWD array as 1HWD with its geometry."
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], affine=torch.as_tensor(affine))
@@ -48,21 +48,23 @@ def _meta(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
 def prepare(volume: Volume,  # raw, on its own grid
             plan: Plan,  # of the target
            ) -> tuple:  # (image, mask): 1HWD float32 tensors at the plan's spacing, image normalised, mask 0 or 1
-    "Normalises a volume and brings it to the plan's spacing."
-    image = _meta(zscore(volume.image, foreground(volume.image)), volume.affine)
-    mask = _meta(volume.mask, volume.affine)
+    "Normalises a volume, cuts its empty margins and brings it to the plan's spacing."
+    inside = foreground(volume.image)
+    box = _meta(inside if inside.any() else ~inside, volume.affine)  # a constant volume has no margins
+    start, end = CropForeground().compute_bounding_box(box)
+    crop = SpatialCrop(roi_start=start, roi_end=end)
+    image, mask = crop(_meta(zscore(volume.image, inside), volume.affine)), crop(_meta(volume.mask, volume.affine))
     if not np.allclose(volume.spacing, plan.spacing, rtol=0.02):
         image = Spacing(plan.spacing, mode="bilinear", padding_mode="border")(image)
         mask = Spacing(plan.spacing, mode="nearest")(mask)
     return image, mask
 
-# %% ../nbs/30_networks.ipynb #59a11d0c
+# %% ../nbs/30_networks.ipynb #1a0188b6
 def restore(probability: torch.Tensor,  # 1HWD at the plan's spacing, with the geometry `prepare` gave it
             volume: Volume,  # whose grid is wanted
            ) -> np.ndarray:  # HWD float32 on the volume's own grid
     "Resamples a map from the plan's grid to the volume's own."
-    if probability.shape[1:] == volume.image.shape: return probability[0].numpy()
-    return ResampleToMatch(mode="bilinear", padding_mode="border")(probability, _meta(volume.image, volume.affine))[0].numpy()
+    return ResampleToMatch(mode="bilinear", padding_mode="zeros")(probability, _meta(volume.image, volume.affine))[0].numpy()
 
 # %% ../nbs/30_networks.ipynb #5fb225e0
 def device() -> torch.device:  # CUDA if there is one, else the CPU

@@ -106,7 +106,7 @@ def rank_sources(hop: np.ndarray,  # (S, S) distances between candidate sources;
     best, tied = _first(np.concatenate(costs), np.concatenate(lengths), top + 1)
     return np.concatenate(choices)[best[:top]], tied[:top]
 
-# %% ../nbs/20_paths.ipynb #99fcfeb1
+# %% ../nbs/20_paths.ipynb #a952922a
 def _ask(names, wanted):
     "Raises `InputError` for a name that the affinity does not hold."
     for name in wanted:
@@ -128,7 +128,7 @@ def _candidates(names, target, exclude, sources, top):
                          "ask for fewer sources or exclude fewer tasks.")
     return free
 
-
+# %% ../nbs/20_paths.ipynb #583ce378
 def _numbers(matrix, rows, columns):
     "`matrix`, of which every entry between different tasks must be a number; raises `InputError` for the first that is none."
     for i, j in np.argwhere(~np.isfinite(matrix)):

@@ -315,7 +315,7 @@ def render(fractions: np.ndarray,  # 8HWD, order of `TISSUES`
     raw = np.rint(gain * np.hypot(signal + noise[0], noise[1])).clip(1, 32767)
     return np.where(mask, raw, 0).astype(np.int16)
 
-# %% ../nbs/02_phantom.ipynb #27e4a480
+# %% ../nbs/02_phantom.ipynb #9a0b4f97
 @dataclass(frozen=True)
 class Cohort:
     "One data set: who was imaged, where, how, and what was outlined."
@@ -336,7 +336,7 @@ COHORTS = (
     Cohort("Dataset601_TumourA", Site("TumourA", gain=400), ("FLAIR", "T2"), GLIOMA),
     Cohort("Dataset602_TumourB", Site("TumourB", 2500, 1.3, 0.2, 0.05, 5.0, {"ED": 0.93, "NCR": 1.1, "GM": 0.95}), ("FLAIR", "T2"), GLIOMA),
     Cohort("Dataset603_LesionA", Site("LesionA", gain=900), ("T1", "FLAIR"), WMH, "elderly"),
-    Cohort("Dataset604_LesionB", Site("LesionB", 250, 0.75, 0.22, 0.05, 6.0, {"WMH": 0.88, "GM": 1.06, "CSF": 1.3}), ("T1", "FLAIR"), WMH, "elderly"),
+    Cohort("Dataset604_LesionB", Site("LesionB", 250, 0.85, 0.18, 0.04, 5.0, {"WMH": 0.96, "GM": 1.03, "CSF": 1.3}), ("T1", "FLAIR"), WMH, "elderly"),
     Cohort("Dataset605_LesionC", Site("LesionC", 1500, 1.08, 0.12, 0.03, 3.5, {"WMH": 0.97, "WM": 1.02}), ("T1", "FLAIR"), WMH, "elderly"),
     Cohort("Dataset606_Infant", Site("Infant", 700, 1.0, 0.12, 0.015, 2.0), ("T1", "T2"), INFANT, "infant"),
 )

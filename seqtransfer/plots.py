@@ -66,56 +66,76 @@ def affinity_heatmap(affinity: Affinity,  # distances between N tasks, from sour
     ax.tick_params(length=0, labelsize=min(8, 40 / len(names) + 5))
     return ax
 
-# %% ../nbs/50_plots.ipynb #ab48c6bc
+# %% ../nbs/50_plots.ipynb #5b29f8a6
 def _places(graph):
     "Positions of the nodes on paper, near to the shortest-path distances of the graph; parts that hang apart lie further off than any two that do not."
     between = pd.DataFrame(dict(nx.all_pairs_dijkstra_path_length(graph, weight="d"))).reindex(index=list(graph), columns=list(graph))
-    return nx.kamada_kawai_layout(graph, dist=between.fillna(1.5 * between.max(axis=None)).to_dict())
+    far = between.max(axis=None) or 1.0
+    return nx.kamada_kawai_layout(graph, dist=between.fillna(1.5 * far).clip(lower=0.02 * far).to_dict())  # none on top of another
 
 
 def _with_target(graph, path):
-    "A copy in which the target, which is no source, hangs on the sources of the path."
+    "A copy in which the target hangs on the sources of the path, a typical edge away; a graph of sources does not know its distances."
     graph = graph.copy()
-    near = min((d for *_, d in graph.edges(data="d")), default=1.0)
     if path.target not in graph:
-        graph.add_edges_from(((s, path.target, {"d": near}) for s in path.sources))
+        typical = np.median([d for *_, d in graph.edges(data="d")] or [1.0])
+        graph.add_edges_from((s, path.target, {"d": typical}) for s in path.sources)
     return graph
 
-# %% ../nbs/50_plots.ipynb #9151f91c
+# %% ../nbs/50_plots.ipynb #c248ffe8
+def _edges(ax, graph, place):
+    "Draws the edges, the nearest darkest."
+    d = np.array([w for *_, w in graph.edges(data="d")])
+    far = (d - d.min(initial=0)) / max(np.ptp(d) if d.size else 0, 1e-12)
+    nx.draw_networkx_edges(graph, place, edge_color=[str(0.55 + 0.4 * min(x, 1)) for x in far], width=0.5, ax=ax)
+
+
+def _arrows(ax, place, path):
+    "Draws the target as a star, an arrow for each hop, and the number of each source in its place."
+    stops = [*path.sources, path.target]
+    ax.scatter(*place[path.target], s=220, c="black", marker="*", zorder=3)
+    for a, b in zip(stops, stops[1:]):
+        ax.annotate("", place[b], place[a], zorder=3,
+                    arrowprops=dict(arrowstyle="-|>", color="black", lw=1.5, shrinkA=8, shrinkB=8, connectionstyle="arc3,rad=0.15"))
+    for number, name in enumerate(path.sources, 1):
+        ax.annotate(str(number), place[name], (-9, 9), textcoords="offset points", ha="center", va="center", fontsize=8, fontweight="bold", zorder=4,
+                    bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec="black", lw=0.8))
+
+# %% ../nbs/50_plots.ipynb #4ee40ebf
+def _graph_legend(colour, shape, path):
+    "One entry for each modality, label and stop of the path, in groups with a heading."
+    dot = lambda label, **style: Line2D([], [], ls="", ms=8, label=label, **style)
+    entries = [dot("modality"), *(dot(m, marker="o", mec="white", color=c) for m, c in colour.items()),
+               dot("label"), *(dot(x, marker=s, mec="white", color="0.4") for x, s in shape.items())]
+    if path:
+        entries += [dot("path"), *(dot(s, marker=f"${n}$", color="black") for n, s in enumerate(path.sources, 1)),
+                    dot(path.target, marker="*", color="black")]
+    return entries
+
+# %% ../nbs/50_plots.ipynb #60b57c23
 @plt.rc_context(STYLE)
-def source_graph(graph: nx.Graph,  # as from `paths.source_graph`: nodes with modality, label and cases, edges with d
-                 path=None,  # TransferPath to draw over it, its target as a star
+def source_graph(graph: nx.Graph,  # as from `paths.source_graph`: nodes with modality, label, site and cases, edges with d
+                 path=None,  # TransferPath to draw over it
                  ax: Axes | None = None,  # where to draw; a new figure if None
-                ) -> Axes:  # one arrow per hop
+                ) -> Axes:  # one marker per source, one arrow per hop
     "The source graph, modality by colour, label by shape, cases by area; raises `InputError` when a source of `path` is not in it."
     if path and (lost := set(path.sources) - set(graph)):
         raise InputError(f"The graph holds no source {min(lost)}: build it from the pool that the path was sought in.")
     place = _places(_with_target(graph, path) if path else graph)
     colour = _coloured(sorted({m for _, m in graph.nodes(data="modality")}))
     shape = dict(zip(sorted({x for _, x in graph.nodes(data="label")}), MARKERS * len(graph)))
-    ax = _axes(ax, 7, 4)
-    nx.draw_networkx_edges(graph, place, edge_color="0.88", width=0.6, ax=ax)
-    for name, data in graph.nodes(data=True):
-        ax.scatter(*place[name], s=20 + 6 * data["cases"], c=colour[data["modality"]], marker=shape[data["label"]], edgecolors="white", linewidths=0.6, zorder=2)
+    most, ax = max(n for _, n in graph.nodes(data="cases")), _axes(ax, 7.2, 4)
+    _edges(ax, graph, place)
+    for name, x in graph.nodes(data=True):
+        ax.scatter(*place[name], s=20 + 80 * x["cases"] / most, c=colour[x["modality"]], marker=shape[x["label"]], edgecolors="white", lw=0.6, zorder=2)
+        if len(graph) <= 40:  # more would hide the nodes
+            ax.annotate(x["site"] or x["dataset"], place[name], (0, -11), textcoords="offset points", ha="center", color="0.4", fontsize=6.5)
     if path: _arrows(ax, place, path)
-    dot = lambda **kw: Line2D([], [], ls="", mec="white", ms=8, **kw)
-    _beside(ax, [dot(marker="o", c=c, label=m) for m, c in colour.items()] + [dot(marker=s, c="0.4", label=x) for x, s in shape.items()]
-            + ([dot(marker="*", c="black", label="target")] if path else []))
+    _beside(ax, _graph_legend(colour, shape, path))
     ax.set_axis_off()
     return ax
 
-
-def _arrows(ax, place, path):
-    "Draws the target, an arrow for each hop, and the names along the path."
-    stops = [*path.sources, path.target]
-    ax.scatter(*place[path.target], s=160, c="black", marker="*", zorder=3)
-    for a, b in zip(stops, stops[1:]):
-        ax.annotate("", place[b], place[a], arrowprops=dict(arrowstyle="-|>", color="black", lw=1.6, shrinkA=7, shrinkB=7, connectionstyle="arc3,rad=0.12"), zorder=3)
-    for number, name in enumerate(stops, 1):
-        ax.annotate(f"{number}  {name}", place[name], (7, 7), textcoords="offset points", fontsize=8, fontweight="bold", zorder=4,
-                    bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8))
-
-# %% ../nbs/50_plots.ipynb #b0c1465e
+# %% ../nbs/50_plots.ipynb #7d9169c0
 def _bar_places(paths):
     "Heights for one bar per path, from the top, with a gap wherever the number of sources changes."
     number = np.array([len(p.sources) for p in paths])
@@ -136,10 +156,11 @@ def path_costs(paths,  # of TransferPath, the best first, as `paths.best_paths` 
         left = left + rows[term].to_numpy()
     for p, at in zip(paths, y):
         ax.annotate(f"{p.cost:.3g}" + (" tied" * p.tied), (p.cost, at), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_yticks(y, [" → ".join((*p.sources, p.target)) for p in paths])
-    ax.set(xlabel="cost (affinity distance); compare within one number of sources", ylim=(y[-1] + 0.6, -0.6))
-    ax.margins(x=0.12)
-    _beside(ax, ax.containers)
+    one = len({p.target for p in paths}) == 1
+    ax.set_yticks(y, [" → ".join(p.sources if one else (*p.sources, p.target)) for p in paths])
+    ax.set(ylabel="sources, in order", xlabel=f"cost{f' of the path to {paths[0].target}' * one} (affinity distance)", ylim=(y[-1] + 0.6, -0.6))
+    ax.margins(x=0.15)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=rows.shape[1], borderaxespad=0)
     return ax
 
 # %% ../nbs/50_plots.ipynb #67ebb5f3
@@ -167,7 +188,7 @@ def learning_curves(curves: pd.DataFrame,  # columns arm, stage, task, step (fro
     _beside(ax, ax.get_lines()[:len(colour)])
     return ax
 
-# %% ../nbs/50_plots.ipynb #aa6cc9c6
+# %% ../nbs/50_plots.ipynb #2602b61d
 @plt.rc_context(STYLE)
 def dice_by_case(cases: pd.DataFrame,  # columns arm, patient, dice; one row per arm and test case
                  summary: pd.DataFrame | None = None,  # columns arm, dice, and, for intervals, low and high
@@ -187,10 +208,10 @@ def dice_by_case(cases: pd.DataFrame,  # columns arm, patient, dice; one row per
     for at, value in zip(x, mean.dice):
         ax.annotate(f"{value:.2f}", (at + 0.16, value), (7, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_xticks(x, arms)
-    ax.set(ylabel="Dice of a test case", xlim=(-0.4, len(arms) - 0.4), ylim=(-0.02, 1.02))
+    ax.set(xlabel="arm", ylabel="Dice of a test case", xlim=(-0.4, len(arms) - 0.4), ylim=(-0.02, 1.02))
     return ax
 
-# %% ../nbs/50_plots.ipynb #020f94a4
+# %% ../nbs/50_plots.ipynb #9d5bf5d0
 def _slice(volume, prediction):
     "The axial slice with the largest reference; the largest prediction where the reference is empty; the middle where both are."
     for mask in (volume.mask, prediction):
@@ -203,7 +224,7 @@ def _contour(ax, mask, spacing, **style):
     x, y = ((np.arange(n + 2) - 0.5) * s for n, s in zip(mask.shape, spacing))
     if mask.any(): ax.contour(x, y, np.pad(mask, 1).T.astype(float), [0.5], linewidths=1.6, **style)
 
-
+# %% ../nbs/50_plots.ipynb #0a2d954b
 @plt.rc_context(STYLE)
 def overlay(volume: Volume,  # a case: image and reference mask, HWD
             prediction: np.ndarray | None = None,  # HWD bool, a predicted mask on the same grid
@@ -215,10 +236,12 @@ def overlay(volume: Volume,  # a case: image and reference mask, HWD
     k, (sx, sy, _) = _slice(volume, prediction), volume.spacing
     ax, image = _axes(ax, 4.2, 3.4), volume.image[:, :, k]
     low, high = np.percentile(image, [1, 99.5])
-    ax.imshow(image.T, cmap="gray", origin="lower", extent=(0, image.shape[0] * sx, 0, image.shape[1] * sy), vmin=low, vmax=high, interpolation="nearest")
+    ax.imshow(image.T, cmap="gray", origin="lower", extent=(0, image.shape[0] * sx, 0, image.shape[1] * sy), vmin=low, vmax=high,
+              interpolation="nearest")
     drawn = {"reference": (volume.mask, dict(colors="#E69F00"))}
     if prediction is not None: drawn["prediction"] = (np.asarray(prediction, bool), dict(colors="#56B4E9", linestyles="--"))
     for mask, style in drawn.values(): _contour(ax, mask[:, :, k], (sx, sy), **style)
-    _beside(ax, [Line2D([], [], color=s["colors"], ls=s.get("linestyles", "-"), label=name) for name, (_, s) in drawn.items()], title=f"axial slice {k}")
+    _beside(ax, [Line2D([], [], color=s["colors"], ls=s.get("linestyles", "-"), label=name) for name, (_, s) in drawn.items()],
+            title=f"axial slice {k}")
     ax.set(xlabel="left to right (mm)", ylabel="back to front (mm)", aspect="equal")
     return ax

@@ -71,18 +71,14 @@ def patch_transform(plan: Plan,  # decides the patch
         RandShiftIntensityd("image", offsets=0.1, prob=0.5),
     ]).set_random_state(seed)
 
-# %% ../nbs/31_training.ipynb #b6d6d94d
+# %% ../nbs/31_training.ipynb #cdc2d20c
 def prepare_task(task: Task,  # to be trained on
                  plan: Plan,  # of the target
                 ) -> list:  # of dicts: image, mask as 1HWD tensors on the device, and the voxels to centre on
     "Reads a task and brings it to the plan; raises what `read_task` raises."
     index, out = FgBgToIndicesd("mask"), []
     for v in read_task(task):
-        image, mask = (x.as_tensor() for x in prepare(v, plan))
-        shown = torch.nonzero((image[0] != 0) | (mask[0] != 0))
-        if len(shown):
-            lo, hi = shown.min(0).values, shown.max(0).values + 1
-            image, mask = (x[:, lo[0]:hi[0], lo[1]:hi[1], lo[2]:hi[2]] for x in (image, mask))
+        image, mask = (x.as_tensor().contiguous() for x in prepare(v, plan))
         out.append({k: x.to(device()) if k in ("image", "mask") else x for k, x in index({"image": image, "mask": mask}).items()})
     return out
 

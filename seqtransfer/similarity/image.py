@@ -18,7 +18,7 @@ from scipy.stats import wasserstein_distance
 from ..core import InputError
 from ..tasks import foreground, zscore
 
-# %% ../../nbs/10_similarity.image.ipynb #e6b39eef
+# %% ../../nbs/10_similarity.image.ipynb #05ad37ac
 GRID = (128, 128, 128)  # the paper's common grid
 
 
@@ -35,9 +35,10 @@ def resize(volume: np.ndarray,  # HWD, any numbers
           ) -> np.ndarray:  # float64 of `shape`
     "`volume` on a grid of `shape`, as `skimage.transform.resize(..., anti_aliasing=True)` gives it for floats."
     x = np.asarray(volume, np.float64)
-    along_h, along_w, along_d = (resize_matrix(n, m) for n, m in zip(x.shape, shape))
-    x = (along_h @ x.reshape(len(x), -1)).reshape(shape[0], *x.shape[1:])
-    return along_w @ x @ along_d.T  # matmul goes through the first axis: nothing is transposed in memory
+    for m in shape:  # each product takes the first axis and puts it last; after three the order is restored
+        n, *others = x.shape
+        x = (x.reshape(n, -1).T @ resize_matrix(n, m).T).reshape(*others, m)
+    return x
 
 # %% ../../nbs/10_similarity.image.ipynb #988758d2
 def pca_scores(volume: np.ndarray,  # HWD, finite

@@ -1,0 +1,259 @@
+"""The paper's affinity, transcribed, against the package on files the test writes; and what an affinity must do with bad input."""
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.ndimage import gaussian_filter
+from scipy.stats import wasserstein_distance
+from skimage.transform import resize as sk_resize
+from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
+
+from seqtransfer.affinity import Affinity, affinity, compute_terms, sample, signatures
+from seqtransfer.core import InputError
+from seqtransfer.datasets import read_pool
+from seqtransfer.tasks import TaskPool
+
+
+def write_dataset(root, number, name, shape, channels, labels, cases, unit=1.0, mask=None, image=None):
+    "One nnU-Net v2 data set; `mask(rng, k)` and `image(rng, k)` may replace the random contents."
+    folder = root / f"Dataset{number:03d}_{name}"
+    for sub in ("imagesTr", "labelsTr"): (folder / sub).mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps({
+        "channel_names": {str(i): c for i, c in enumerate(channels)}, "labels": {"background": 0, **labels},
+        "numTraining": cases, "file_ending": ".nii.gz"}))
+    for k in range(cases):
+        rng = np.random.default_rng((number, k))
+        field = gaussian_filter(rng.normal(size=shape), 2)
+        y = mask(rng, k) if mask else np.digitize(field, np.quantile(field, [0.8, 0.93])).astype(np.uint8)
+        nib.save(nib.Nifti1Image(y, np.eye(4)), folder / "labelsTr" / f"c{k}.nii.gz")
+        for i in range(len(channels)):
+            x = image(rng, k) if image else unit * (gaussian_filter(rng.normal(size=shape), 1.5) * 50 + field * (i + 1) * 100 + 40)
+            nib.save(nib.Nifti1Image(x.astype(np.float32), np.eye(4)), folder / "imagesTr" / f"c{k}_{i:04d}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    "Small products from many threads are slow on a busy machine."
+    with threadpool_limits(1, "blas"): yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    "Two data sets of unequal shape and unit: two modalities with two labels, and one modality with one."
+    root = tmp_path_factory.mktemp("raw")
+    write_dataset(root, 1, "Alpha", (20, 24, 18), ["T1", "T2"], {"core": 2, "rim": 1}, 3)
+    write_dataset(root, 2, "Beta", (26, 15, 21), ["FLAIR"], {"lesion": [1, 2]}, 2, unit=7.0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pool(root):
+    return read_pool(root)
+
+
+# --- the paper, from the files up: Yang et al. 2024 ---
+CACHE = {}
+
+
+def paper_sample(case):
+    if case.image not in CACHE:
+        x = np.asarray(nib.load(case.image).dataobj, float)
+        small = sk_resize(x, (128, 128, 128), anti_aliasing=True).reshape(-1, 128)
+        CACHE[case.image] = PCA(n_components=0.75, svd_solver="full").fit_transform(small).ravel()
+    return CACHE[case.image]
+
+
+def paper_mask(case):
+    key = case.mask, case.labels
+    if key not in CACHE:
+        y = np.isin(np.asarray(nib.load(case.mask).dataobj), case.labels).astype(float)
+        CACHE[key] = (sk_resize(y, (128, 128, 128), anti_aliasing=True) >= 0.5).astype(float)
+    return CACHE[key]
+
+
+def paper_r(a, b):
+    n, c = a.size, 0.3**2
+    ma, mb = a.mean(), b.mean()
+    cov = (a * b).sum() / n - ma * mb
+    va, vb = (a * a).sum() / n - ma**2, (b * b).sum() / n - mb**2
+    return (2 * ma * mb + c) * (2 * cov + c) / ((ma**2 + mb**2 + c) * (va + vb + c))
+
+
+def paper_distance(s, t):
+    if s.dataset == t.dataset and s.site == t.site:
+        pairs = [(a, b) for a in s.cases for b in t.cases if a.patient == b.patient]
+    else:
+        pairs = [(a, b) for a in s.cases for b in t.cases]
+    h = np.mean([wasserstein_distance(paper_sample(a), paper_sample(b)) for a, b in pairs])
+    r = np.mean([paper_r(paper_mask(a), paper_mask(b)) for a, b in pairs])
+    return h, r, 0.0044 * h - 2.4756 * r + 2.4756
+
+
+@pytest.fixture(scope="module")
+def paper(pool):
+    return affinity(pool, mode="paper")
+
+
+def test_paper_mode_is_the_paper(pool, paper):
+    assert len(pool) == 5
+    frame = paper.frame()
+    assert all(np.array_equal(m, m.T) for m in paper.terms.values())
+    for _, row in frame[frame["Node A"] < frame["Node B"]].iterrows():
+        h, r, d = paper_distance(pool[row["Node A"]], pool[row["Node B"]])
+        assert row["ICA"] == pytest.approx(h, rel=1e-7, abs=1e-9)
+        assert row["OCA"] == pytest.approx(r, abs=1e-6)
+        assert row["Distance"] == pytest.approx(d, abs=1e-5)
+
+
+def test_default_terms_are_means_of_exact_distances(pool):
+    a = affinity(pool)
+    z = {}
+    for t in pool:
+        for c in t.cases:
+            x, y = (np.asarray(nib.load(f).dataobj, float) for f in (c.image, c.mask))
+            z[c] = ((x - x.mean()) / x.std())[np.isin(y, c.labels)]  # no constant background: all is foreground
+    for i, s in enumerate(pool):
+        for j, t in enumerate(pool):
+            if i >= j: continue
+            exact = np.mean([wasserstein_distance(z[p], z[q]) for p in s.cases for q in t.cases])
+            assert a.terms["fg_z"][i, j] == pytest.approx(exact, rel=0.02, abs=0.005)
+            h = np.mean([wasserstein_distance(paper_sample(p), paper_sample(q)) for p in s.cases for q in t.cases])
+            assert a.terms["ica"][i, j] == pytest.approx(h, rel=0.01)
+
+
+def test_default_divides_by_the_median(pool):
+    a = affinity(pool)
+    off = ~np.eye(len(pool), dtype=bool)
+    assert set(a.contributions()) == {"fg_z", "pca_z"}
+    assert all(np.median(m[off]) == pytest.approx(1) for m in a.contributions().values())
+    assert np.allclose(sum(a.contributions().values())[off], a.distance[off])
+
+
+def test_default_ignores_the_unit_of_a_data_set(root, pool, tmp_path):
+    write_dataset(tmp_path, 1, "Alpha", (20, 24, 18), ["T1", "T2"], {"core": 2, "rim": 1}, 3)
+    write_dataset(tmp_path, 2, "Beta", (26, 15, 21), ["FLAIR"], {"lesion": [1, 2]}, 2, unit=280.0)
+    one, two = affinity(pool), affinity(read_pool(tmp_path))
+    assert np.allclose(one.distance, two.distance, rtol=1e-3)
+    assert not np.allclose(one.terms["ica"], two.terms["ica"], rtol=0.1)
+
+
+def test_table_and_round_trip(paper, tmp_path):
+    path = paper.save(tmp_path / "out" / "affinity.csv")
+    assert path.read_text().splitlines()[0] == "Node A,Node B,ICA,OCA,fg_z,pca_z,Distance"
+    assert len(pd.read_csv(path)) == 5 * 4
+    again = Affinity.load(path)
+    assert again.names == paper.names and again.weights == paper.weights
+    assert np.abs(again.distance - paper.distance).max() <= 1e-12
+    assert all(np.abs(again.terms[t] - m).max() <= 1e-12 for t, m in paper.terms.items())
+    assert again.parameters == json.loads(json.dumps(paper.parameters))
+    first = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    again.save(path)
+    assert first == (path.read_bytes(), path.with_suffix(".json").read_bytes())
+
+
+def test_a_missing_value_of_a_term_without_weight_survives(tmp_path):
+    m = np.array([[0, np.nan], [np.nan, 0]])
+    a = Affinity(("a", "b"), {"fg_z": m, "ica": np.ones((2, 2)) - np.eye(2)}, {"ica": 1.0})
+    again = Affinity.load(a.save(tmp_path / "a.csv"))
+    assert np.array_equal(again.terms["fg_z"], m, equal_nan=True) and again.distance[0, 1] == 1
+
+
+def test_any_terms_and_asymmetric_distances_survive(tmp_path):
+    m = np.array([[0, 1 / 3, 2], [0.1, 0, 4], [5, 6, 0]])
+    a = Affinity(("NA", "b", "c"), {"leep": m}, {"leep": 2.0})
+    again = Affinity.load(a.save(tmp_path / "a.csv"))
+    assert np.array_equal(again.distance, 2 * m) and again.names == a.names
+    assert a.frame().set_index(["Node A", "Node B"]).loc[("NA", "c"), "Distance"] == 4
+
+
+@pytest.mark.parametrize("spoil", ["no json", "no csv", "other json", "edited", "cut"])
+def test_load_refuses_what_does_not_belong_together(paper, tmp_path, spoil):
+    path = paper.save(tmp_path / "a.csv")
+    about = path.with_suffix(".json")
+    if spoil == "no json": about.unlink()
+    if spoil == "no csv": path.unlink()
+    if spoil == "other json": about.write_text("[]")
+    if spoil == "edited": path.write_text(path.read_text().replace("Alpha", "Gamma", 1))
+    if spoil == "cut": path.write_text("\n".join(path.read_text().splitlines()[:4]))
+    with pytest.raises(InputError, match="a.csv|a.json"):
+        Affinity.load(path)
+
+
+def test_weights_override(pool, paper):
+    a = affinity(pool, mode="paper", weights={"ica": 0.5, "oca": 2})
+    off = ~np.eye(len(pool), dtype=bool)
+    assert np.allclose(a.distance[off], (0.5 * paper.terms["ica"] + 2 * (1 - paper.terms["oca"]))[off])
+    with pytest.raises(InputError, match="fg_z"):
+        affinity(pool, weights={"fgz": 1})
+    with pytest.raises(InputError, match="mode"):
+        affinity(pool, mode="published")
+
+
+def test_target_keeps_test_patients_out(pool):
+    target = next(t for t in pool if t.modality == "T1")
+    a = affinity(pool, target=target.name, shots=1, seed=3)
+    assert a.names[-1] == target.name and a.parameters["tasks"][target.name]["cases"] == 1
+    shared = [t.name for t in pool if t.dataset == target.dataset and t.name != target.name]
+    assert a.parameters["removed"] == dict.fromkeys(shared, 2) and a.parameters["test"] == 2
+    assert all(a.parameters["tasks"][n]["cases"] == 1 for n in shared)
+
+
+def test_samples_are_shared_by_tasks_of_one_domain_and_stable(pool):
+    chosen = {tuple(c.patient for c in sample(t, 2, seed=5)) for t in pool if "Alpha" in t.cases[0].patient}
+    assert len(chosen) == 1
+    assert {c.patient for t in pool for s in range(9) for c in sample(t, 1, s)} == {c.patient for t in pool for c in t.cases}
+
+
+def test_order_of_the_pool_does_not_matter(pool):
+    forth, back = compute_terms(pool), compute_terms(tuple(pool)[::-1])
+    assert all(np.allclose(m, back[t][::-1, ::-1], rtol=1e-10) for t, m in forth.items())
+
+
+def test_one_reading_serves_all_labels_of_an_image(pool):
+    found = signatures(pool)
+    groups = {}
+    for c, (image, _) in found.items(): groups.setdefault(c.image, set()).add(id(image.ica))
+    assert all(len(ids) == 1 for ids in groups.values()) and max(len([c for c in found if c.image == i]) for i in groups) == 2
+
+
+def test_one_task_is_refused(pool):
+    with pytest.raises(InputError, match="two tasks"):
+        affinity(TaskPool(pool.tasks[:1]))
+
+
+def test_empty_masks_are_refused_by_task(root, tmp_path):
+    write_dataset(tmp_path, 3, "Gamma", (12, 12, 12), ["T1"], {"core": 1, "rim": 2}, 2,
+                  mask=lambda rng, k: (np.arange(12**3).reshape(12, 12, 12) < 200).astype(np.uint8))
+    pool = read_pool(tmp_path)
+    with pytest.raises(InputError, match=next(t.name for t in pool if t.label == "rim")):
+        affinity(pool)
+
+
+def test_one_empty_mask_is_left_out(tmp_path):
+    "An empty mask is legal: `fg_z` is the mean over the others."
+    mask = lambda rng, k: ((np.arange(12**3).reshape(12, 12, 12) < 200) & (k > 0)).astype(np.uint8)
+    write_dataset(tmp_path, 3, "Gamma", (12, 12, 12), ["T1", "T2"], {"core": 1}, 3, mask=mask)
+    a, b = read_pool(tmp_path)
+    found = signatures([a, b])
+    rows = [[found[c][0].fg_z for c in sorted(t.cases, key=lambda c: c.patient)] for t in (a, b)]
+    assert rows[0][0] is None and rows[1][0] is None
+    expected = np.mean([np.abs(p - q).mean() for p in rows[0][1:] for q in rows[1][1:]])
+    assert compute_terms([a, b])["fg_z"][0, 1] == pytest.approx(expected)
+
+
+def test_constant_volume_is_refused_by_file(tmp_path):
+    write_dataset(tmp_path, 4, "Flat", (12, 12, 12), ["T1"], {"core": 1, "rim": 2}, 2, image=lambda rng, k: np.full((12, 12, 12), 5.0))
+    with pytest.raises(InputError, match=r"c\d_0000.nii.gz.*constant"):
+        affinity(read_pool(tmp_path))
+
+
+def test_damaged_file_is_refused_by_file(tmp_path):
+    folder = write_dataset(tmp_path, 5, "Torn", (12, 12, 12), ["T1"], {"core": 1, "rim": 2}, 2)
+    path = folder / "imagesTr" / "c1_0000.nii.gz"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match="c1_0000"):
+        affinity(read_pool(tmp_path))
