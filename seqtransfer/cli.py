@@ -19,10 +19,10 @@ from rich.table import Table
 
 from .core import InputError, replacing
 
-# %% ../nbs/60_cli.ipynb #12ca068b
+# %% ../nbs/60_cli.ipynb #d2330908
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Which source tasks, in which order, should a segmentation network be trained on before it is fine-tuned on mine?")
-out_console, err_console = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
+out_console, err_console = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
 
 def _cell(x) -> str:
@@ -35,9 +35,12 @@ def show_table(frame,  # pandas table
                as_json: bool,  # print JSON records instead
               ):
     "Prints a table for a reader, or JSON for a program."
+    import pandas as pd
     if as_json: return print(frame.to_json(orient="records", indent=1))
     table = Table(title=title, title_justify="left")
-    for c in frame.columns: table.add_column(c, justify="left" if frame[c].dtype.kind in "OUTS" else "right", overflow="fold")
+    for c in frame.columns:
+        text = not pd.api.types.is_numeric_dtype(frame[c])
+        table.add_column(c, justify="left" if text else "right", overflow="fold", no_wrap=None if c in ("path", "task", "problem") else out_console.width >= 160)
     for row in frame.itertuples(index=False): table.add_row(*map(_cell, row))
     out_console.print(table)
 
@@ -126,7 +129,7 @@ def paths(
         with replacing(csv) as part: table.to_csv(part, index=False)
     show_table(table, f"Paths to {target}; costs compare only within one number of sources", as_json)
 
-# %% ../nbs/60_cli.ipynb #25f31ea0
+# %% ../nbs/60_cli.ipynb #90d1417f
 class _Shown:
     "Progress of a run: a bar over its notebooks with the latest line of the one at work, or lines where there is no terminal."
     def __enter__(self):
@@ -146,35 +149,36 @@ class _Shown:
 def _finish(out: Path, as_json: bool):
     "The tables at the end of `run` and `report`, and where everything is."
     import pandas as pd
-    from seqtransfer.transfer import read_results
+    from seqtransfer.transfer import read_results, readable
     summary = read_results(out).summary()
-    show_table(summary, "Dice of the arms: mean over test cases with 95 % interval; gain over scratch paired by patient", as_json)
-    if as_json: return
+    if as_json: return show_table(summary, "", True)
+    show_table(readable(summary), "Dice of the arms: mean over test cases with 95 % interval; gains paired by patient", False)
     if (out / "paths.csv").exists(): show_table(pd.read_csv(out / "paths.csv"), "Candidate paths: costs compare only within one number of sources", False)
     for kind, pattern in (("notebooks", "notebooks/*.ipynb"), ("figures", "figures/*.png"), ("tables", "*.csv"), ("report", "report.html")):
         print(f"{kind}:", *sorted(str(p) for p in out.glob(pattern)), sep="\n  ")
 
-# %% ../nbs/60_cli.ipynb #1df77524
+# %% ../nbs/60_cli.ipynb #32b979bb
 @app.command()
 def run(
     data: Data, target: Target,
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command goes on where it was stopped.")],
     arms: Annotated[str, typer.Option(help="Arms to compare, separated by commas: scratch, scratch-total, direct-choice, direct-first, direct-last, sequential.")] = "scratch,direct-choice,sequential",
     sources: Sources = 2, shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
-    steps: Annotated[int, typer.Option(help="Optimiser steps on sources, in sum over the sources of an arm.")] = 600,
+    steps: Annotated[int, typer.Option(help="Optimiser steps on sources, in sum over the sources of an arm.")] = 1000,
     target_steps: Annotated[int, typer.Option(help="Optimiser steps on the target.")] = 100,
+    target_lr: Annotated[float, typer.Option(help="Initial learning rate of fine-tuning on the target.")] = 5e-4,
     as_json: Json = False,
 ):
     "Choose a path, train it, and compare it with direct transfer and training from scratch."
     from seqtransfer import engine
     from seqtransfer.transfer import Recipe
     with _Shown() as show:
-        result = engine.run(data, target, out, tuple(filter(None, arms.replace(" ", "").split(","))), sources, shots, test, seed, mode, Recipe(steps, target_steps), show)
+        result = engine.run(data, target, out, tuple(filter(None, arms.replace(" ", "").split(","))), sources, shots, test, seed, mode, Recipe(steps, target_steps, target_lr=target_lr), show)
     _finish(out, as_json)
     for arm, why in result.failures.items(): err_console.print(f"failed: {arm}: {why}", markup=False, highlight=False)
     if result.failures: raise typer.Exit(1)
 
-# %% ../nbs/60_cli.ipynb #9cde62e0
+# %% ../nbs/60_cli.ipynb #bce76d17
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: Json = False):
     "Write table, figures and HTML again from what a run left."
@@ -187,4 +191,6 @@ def main():
     "Entry point: one sentence and exit code 2 for a user's mistake, no traceback."
     try: app()
     except InputError as e: err_console.print(f"seqtransfer: {e}", markup=False, highlight=False, soft_wrap=True); sys.exit(2)
+    except OSError as e: err_console.print(f"seqtransfer: {e.filename or 'A file'} cannot be read or written ({e.strerror or e}): "
+                                           "mend that and run the same command again.", markup=False, highlight=False, soft_wrap=True); sys.exit(2)
     except KeyboardInterrupt: err_console.print("seqtransfer: stopped; the same command goes on where it was."); sys.exit(130)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'RESULT', 'template', 'read_result', 'NotebookFailed', 'is_done', 'execute', 'Run', 'run', 'report']
 
-# %% ../nbs/40_engine.ipynb #b8a9c568
+# %% ../nbs/40_engine.ipynb #35dc4210
 import os
 import re
 import tempfile
@@ -25,7 +25,7 @@ from .core import InputError, digest, read_json, replacing
 from .datasets import read_pool
 from .networks import device
 from .tasks import TaskPool, protocol
-from .transfer import Comparison, Recipe, arm_sources, open_run, read_results, write_protocol
+from .transfer import Comparison, Recipe, arm_sources, open_run, read_results
 
 # %% ../nbs/40_engine.ipynb #6ce49472
 TEMPLATES = ("affinity", "transfer_path", "report")
@@ -69,7 +69,7 @@ def is_done(notebook,  # where the executed notebook would be
         return False
     return nb.metadata.get("seqtransfer", {}).get("fingerprint") == fingerprint and read_result(notebook) is not None
 
-# %% ../nbs/40_engine.ipynb #44b841cf
+# %% ../nbs/40_engine.ipynb #1908d34b
 _kernels = None  # keeps the folder with our kernel alive as long as the process
 
 
@@ -78,7 +78,8 @@ def _own_kernel() -> str:
     global _kernels
     if _kernels is None:
         _kernels = tempfile.TemporaryDirectory(prefix="seqtransfer-kernel-")
-        ipykernel.kernelspec.write_kernel_spec(str(Path(_kernels.name) / "kernels" / "seqtransfer"))
+        ipykernel.kernelspec.write_kernel_spec(
+            str(Path(_kernels.name) / "kernels" / "seqtransfer"), extra_arguments=["--log-level=ERROR"])
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [_kernels.name, os.environ.get("JUPYTER_PATH")]))
     return "seqtransfer"
 
@@ -90,7 +91,7 @@ class _Lines:
         for line in filter(None, text.splitlines()): self.show(line)
     def flush(self): pass
 
-# %% ../nbs/40_engine.ipynb #c9a70ef4
+# %% ../nbs/40_engine.ipynb #a5dc08e2
 def _failure(error: PapermillExecutionError, failed: Path) -> Exception:
     "The user's mistake as such; everything else as `NotebookFailed` with the cell and the error."
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)).strip()
@@ -116,7 +117,7 @@ def execute(name: str,  # one of `TEMPLATES`
         warnings.simplefilter("ignore")  # papermill warns of the kernel's name; the user's warnings stand in the notebook
         try:
             pm.execute_notebook(str(source), str(part), parameters, kernel_name=_own_kernel(), progress_bar=False, start_timeout=180,
-                                stdout_file=_Lines(show), cwd=str(notebook.parent))
+                                stdout_file=_Lines(show), cwd=str(notebook.parent), coalesce_streams=True)
         except PapermillExecutionError as e:
             os.replace(part, failed)
             raise _failure(e, failed) from e
@@ -142,7 +143,7 @@ def _stamp(pool: TaskPool) -> str:
     paths = sorted({p for t in pool for c in t.cases for p in (c.image, c.mask)})
     return digest([[p, p.stat().st_size, p.stat().st_mtime_ns] if p.exists() else [p] for p in paths])
 
-# %% ../nbs/40_engine.ipynb #7e715a5c
+# %% ../nbs/40_engine.ipynb #0b5436c5
 def run(data,  # folder with data sets
         target: str,  # name of the target task
         out,  # folder of the run, new or begun
@@ -163,7 +164,6 @@ def run(data,  # folder with data sets
     if len(split.sources) < sources: raise InputError(f"{data} leaves {len(split.sources)} sources for {target}: ask for fewer than {sources}.")
     common = {"data": str(data), "target": target, "shots": shots, "test": test or 0, "seed": seed}
     open_run(out, {**common, "sources": sources, "mode": mode, "recipe": asdict(recipe)})
-    write_protocol(out, split)
     inputs, total, failures = _stamp(pool), len(arms) + 2, {}
 
     def step(i, name, notebook, parameters, products):
@@ -185,7 +185,7 @@ def run(data,  # folder with data sets
     show(total, total, "report done")
     return Run(out, read_results(out), failures, tuple(sorted((out / "notebooks").glob("*[!d].ipynb"))))
 
-# %% ../nbs/40_engine.ipynb #cc509d34
+# %% ../nbs/40_engine.ipynb #5780d40d
 def report(out,  # folder of a run or of `transfer.compare`
           ) -> Path:  # `report.html`
     "Writes table, figures and HTML from what a run left; raises `InputError` when no arm is finished."
@@ -194,6 +194,8 @@ def report(out,  # folder of a run or of `transfer.compare`
     notebook = out / "notebooks" / "report.ipynb"
     notebook.unlink(missing_ok=True)
     execute("report", notebook, {"out": str(out)}, show=lambda line: None)
-    html, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="").from_filename(str(notebook))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the result itself, for programs, has no picture in HTML
+        html, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="").from_filename(str(notebook))
     with replacing(out / "report.html") as part: part.write_text(html, encoding="utf-8")
     return out / "report.html"

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['case_scores', 'predict', 'evaluate', 'interval', 'paired']
 
-# %% ../nbs/32_evaluation.ipynb #ed319854
+# %% ../nbs/32_evaluation.ipynb #474f99d6
+import warnings
+
 import numpy as np
 import pandas as pd
 import torch
@@ -17,7 +19,7 @@ from .core import progress
 from .networks import Plan, device, prepare, restore
 from .tasks import Task, Volume, read_case
 
-# %% ../nbs/32_evaluation.ipynb #22e2bd01
+# %% ../nbs/32_evaluation.ipynb #7f3da125
 def case_scores(prediction: np.ndarray,  # HWD, bool
                 reference: np.ndarray,  # HWD, bool
                 spacing: tuple,  # mm along H, W, D
@@ -27,7 +29,9 @@ def case_scores(prediction: np.ndarray,  # HWD, bool
     dice = float(compute_dice(p, r, ignore_empty=False))
     if not prediction.any() or not reference.any():
         return {"dice": dice, "hd95": np.nan if prediction.any() or reference.any() else 0.0}
-    return {"dice": dice, "hd95": float(compute_hausdorff_distance(p, r, percentile=95, spacing=[float(s) for s in spacing]))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of its own use of a deprecated option
+        return {"dice": dice, "hd95": float(compute_hausdorff_distance(p, r, percentile=95, spacing=[float(s) for s in spacing]))}
 
 # %% ../nbs/32_evaluation.ipynb #fe9fc8a1
 @torch.inference_mode()

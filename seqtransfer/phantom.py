@@ -8,7 +8,7 @@ __all__ = ['POPULATIONS', 'TISSUES', 'CONTRAST', 'GLIOMA', 'WMH', 'INFANT', 'COH
            'bent_grid', 'anatomy', 'tumour', 'hyperintensities', 'plant', 'coarser', 'Site', 'mixture', 'render',
            'Cohort', 'label_map', 'patient', 'save_volume', 'write_cohort', 'write_zoo', 'demo_zoo']
 
-# %% ../nbs/02_phantom.ipynb #43761489
+# %% ../nbs/02_phantom.ipynb #cce4acdf
 import gzip
 import os
 import tempfile
@@ -21,7 +21,7 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from . import __version__
-from .core import InputError, cache_folder, digest, progress, read_json, replacing, seed_for, write_json
+from .core import InputError, cache_folder, digest, progress, read_json, replacing, seed_for, writable, write_json
 
 # %% ../nbs/02_phantom.ipynb #11ee77b0
 def voxel_centres(size: int,  # voxels along each axis
@@ -430,7 +430,7 @@ def _holds(folder: Path, parameters: dict) -> bool:
     marks = [folder / "zoo.json", *(folder / cohort.folder / "dataset.json" for cohort in COHORTS)]
     return all(mark.is_file() for mark in marks) and read_json(marks[0]) == parameters
 
-# %% ../nbs/02_phantom.ipynb #8fc4f695
+# %% ../nbs/02_phantom.ipynb #6f7e692c
 def write_zoo(out,  # folder to write into; new, empty, or holding this very zoo
               like: str = "nnunet",  # layout on disk, one of `LAYOUTS`
               size: int = 48,  # voxels along each axis
@@ -438,30 +438,25 @@ def write_zoo(out,  # folder to write into; new, empty, or holding this very zoo
               seed: int = 0,  # the same seed gives the same bytes
              ) -> Path:  # the folder, holding Dataset6xx_Name folders
     "Writes the phantom zoo of `COHORTS`; raises `InputError` for a parameter out of range and for a folder that holds anything else."
-    out, parameters = Path(out), _parameters(like, size, cases, seed)
-    if _holds(out, parameters):
-        return out
+    out, parameters = Path(out).absolute(), _parameters(like, size, cases, seed)
+    if _holds(out, parameters): return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not this phantom zoo: choose another folder or delete it first.")
-    todo = (case for cohort in COHORTS for case in write_cohort(out, cohort, size, cases, seed))
-    for _ in progress(todo, "Drawing patients", total=len(COHORTS) * cases):
-        pass
-    return write_json(out / "zoo.json", parameters).parent
+    with tempfile.TemporaryDirectory(dir=writable(out.parent), prefix=".phantom-") as part:
+        zoo = Path(part) / "zoo"
+        todo = (case for cohort in COHORTS for case in write_cohort(zoo, cohort, size, cases, seed))
+        for _ in progress(todo, "drawing patients", total=len(COHORTS) * cases): pass
+        write_json(zoo / "zoo.json", parameters)
+        try:
+            os.rename(zoo, out)
+        except OSError:  # another process was first, or something else has taken the name meanwhile
+            if not _holds(out, parameters): raise InputError(f"{out} was taken by something else: choose another folder.") from None
+    return out
 
-# %% ../nbs/02_phantom.ipynb #4fe544b3
+# %% ../nbs/02_phantom.ipynb #b34bc7f6
 def demo_zoo(size: int = 32,  # voxels along each axis
              cases: int = 6,  # patients in each data set
              seed: int = 0,  # the same seed gives the same bytes
             ) -> Path:  # the zoo's folder below `cache_folder()`
     "The phantom zoo in the layout of nnU-Net, written once and then found in the cache."
-    parameters = _parameters("nnunet", size, cases, seed)
-    folder = cache_folder() / f"phantom-{digest(parameters)}"
-    if not _holds(folder, parameters):
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".phantom-") as part:
-            ours = write_zoo(Path(part) / "zoo", size=size, cases=cases, seed=seed)
-            try:
-                os.rename(ours, folder)
-            except OSError:  # another process was first, or the name is taken by something else
-                if not _holds(folder, parameters):
-                    raise InputError(f"{folder} is in the way of the demonstration data: delete it and run the command again.") from None
-    return folder
+    return write_zoo(cache_folder() / f"phantom-{digest(_parameters('nnunet', size, cases, seed))}", "nnunet", size, cases, seed)

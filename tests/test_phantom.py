@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seqtransfer import phantom
 from seqtransfer.core import InputError
 from seqtransfer.phantom import COHORTS, demo_zoo, patient, smooth_noise, write_cohort, write_zoo
 
@@ -78,13 +79,19 @@ def test_a_zoo_is_found_again_and_nothing_else_is_overwritten(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
-def test_an_interrupted_zoo_does_not_look_complete(tmp_path):
-    drawing = write_cohort(tmp_path / "zoo", COHORTS[0], 16, 2, 0)
-    next(drawing)
-    drawing.close()
-    assert not (tmp_path / "zoo" / COHORTS[0].folder / "dataset.json").exists()
-    with pytest.raises(InputError, match="delete"):
+def test_an_interrupted_zoo_leaves_nothing(tmp_path, monkeypatch):
+    drawn = []
+
+    def stops(case_of):
+        def save(path, *rest):
+            drawn.append(path)
+            if len(drawn) > 4: raise KeyboardInterrupt
+            return case_of(path, *rest)
+        return save
+    monkeypatch.setattr(phantom, "save_volume", stops(phantom.save_volume))
+    with pytest.raises(KeyboardInterrupt):
         write_zoo(tmp_path / "zoo", size=16, cases=2)
+    assert drawn and os.listdir(tmp_path) == []
 
 
 def test_processes_may_ask_for_the_demonstration_zoo_at_once(tmp_path, monkeypatch):

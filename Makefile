@@ -1,0 +1,62 @@
+# `make demo` and `make test` set themselves up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb) nbs/index.ipynb
+TEMPLATES := affinity transfer_path report
+
+.PHONY: help install demo test notebooks export readme record lab clean
+
+help:
+	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
+	@echo "make test       the notebooks' own tests, pytest, and the three gates (about 8 minutes)"
+	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make export     package and templates from the notebooks; make readme: README.md from nbs/index.ipynb"
+	@echo "make notebooks  execute every notebook in place, clean, export, readme"
+	@echo "make record     run demo and test in a fresh clone and keep what they printed for the README"
+	@echo "make clean      remove what demo left; the environment stays"
+
+install: $(READY)
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "seqtransfer needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": run make PYTHON=python3.12, say.")'
+	@echo "Setting up $(VENV): about 2.5 GB, one to a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/seqtransfer phantom demo/zoo --like nnunet --size 48 --cases 16 --seed 0
+	$(BIN)/seqtransfer tasks demo/zoo
+	$(BIN)/seqtransfer run demo/zoo --target LesionC-FLAIR-WMH --out demo/run
+
+# One thread a notebook: two run at a time, and more threads than cores are slower than too few.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest tests
+
+notebooks: $(READY)
+	$(MAKE) export
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(PAGES)
+	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True $(PAGES)
+	$(BIN)/nbdev_clean
+	$(MAKE) export readme
+
+export: $(READY)
+	$(BIN)/nbdev_export
+	@mkdir -p seqtransfer/experiments
+	@for t in $(TEMPLATES); do $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --clear-output --stdout nbs/experiments/$$t.ipynb > .part && mv .part seqtransfer/experiments/$$t.ipynb || exit 1; done
+
+readme: $(READY)
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
+
+record: $(READY)
+	bash nbs/records/record.sh
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf demo
