@@ -50,7 +50,7 @@ export: $(READY)
 	@for t in $(TEMPLATES); do $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --clear-output --stdout nbs/experiments/$$t.ipynb > .part && mv .part seqtransfer/experiments/$$t.ipynb || exit 1; done
 
 readme: $(READY)
-	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
 
 record: $(READY)
 	bash nbs/records/record.sh

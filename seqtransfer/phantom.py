@@ -270,11 +270,11 @@ CONTRAST = {
                "T2": dict(CSF=1.00, GM=0.56, WM=0.63, DG=0.52)},
 }
 
-# %% ../nbs/02_phantom.ipynb #a0c6e469
+# %% ../nbs/02_phantom.ipynb #ad07f1f3
 @dataclass(frozen=True)
 class Site:
     "How one institution's scanner renders a brain; the symbols are those of the signal model."
-    name: str
+    name: str  # of the site, as in the names of its tasks
     gain: float  # g: raw intensity of a tissue of relative brightness 1
     gamma: float = 1.0  # contrast curve
     bias: float = 0.1  # beta: standard deviation of the log bias field
@@ -315,12 +315,12 @@ def render(fractions: np.ndarray,  # 8HWD, order of `TISSUES`
     raw = np.rint(gain * np.hypot(signal + noise[0], noise[1])).clip(1, 32767)
     return np.where(mask, raw, 0).astype(np.int16)
 
-# %% ../nbs/02_phantom.ipynb #9a0b4f97
+# %% ../nbs/02_phantom.ipynb #ed68c05a
 @dataclass(frozen=True)
 class Cohort:
     "One data set: who was imaged, where, how, and what was outlined."
     folder: str  # nnU-Net's DatasetXXX_Name
-    site: Site
+    site: Site  # how its scanner renders a brain
     modalities: tuple  # in the order of the channels
     labels: dict  # name -> tissues that it covers, in the order of the label values 1, 2, ...
     population: str = "adult"  # a key of `POPULATIONS`

@@ -167,14 +167,14 @@ def read_task(task: Task,  # what to read
                          "correct the table of labels or leave the task out.")
     return volumes
 
-# %% ../nbs/00_tasks.ipynb #27ef26e5
+# %% ../nbs/00_tasks.ipynb #d62dfba4
 def foreground(image: np.ndarray,  # HWD, raw intensities
               ) -> np.ndarray:  # HWD, bool
     "The voxels that show tissue; none in a constant volume."
     faces = [np.take(image, i, axis=a).ravel() for a in range(3) for i in (0, -1)]
     values, counts = np.unique(np.concatenate(faces), return_counts=True)
     share = counts.max() / counts.sum()
-    if share >= 0.5: return image != values[counts.argmax()]
+    if share >= 0.9: return image != values[counts.argmax()]
     if share >= 0.1: return image > threshold_otsu(image)
     return np.ones(image.shape, bool)
 

@@ -1,0 +1,97 @@
+"The notebooks are the source: cleaning and exporting them changes nothing, and what was made from them is up to date."
+import ast
+import importlib
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from fastcore.docments import docments
+
+BIN = Path(sys.executable).parent
+ORDER = ["core", "tasks", "datasets", "phantom", "similarity.image", "similarity.label", "affinity", "paths", "networks", "training", "evaluation",
+         "transfer", "engine", "plots", "cli", "all"]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of everything from which the package and the README are made."
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("nbs", "seqtransfer"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_proc", "_docs"))
+    for name in ("settings.ini", "setup.py", "Makefile", "README.md", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def contents(folder, *patterns):
+    "Text of the files below `folder` by relative path."
+    return {str(p.relative_to(folder)): p.read_bytes() for pattern in patterns for p in sorted(folder.glob(pattern)) if ".ipynb_checkpoints" not in str(p)}
+
+
+def differing(before, after):
+    "Names of files that are new, gone or changed."
+    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+
+
+def test_cleaning_leaves_no_difference(copy):
+    subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True)
+    assert differing(contents(ROOT, "nbs/**/*.ipynb"), contents(copy, "nbs/**/*.ipynb")) == [], "run nbdev_clean"
+
+
+def test_export_and_readme_leave_no_difference(copy):
+    # as `make export readme`, with the environment that runs this test
+    (copy / ".venv").mkdir()
+    (copy / ".venv" / "bin").symlink_to(BIN)
+    (copy / ".venv" / ".ready").touch()
+    subprocess.run(["make", "-s", "-o", ".venv/.ready", "export", "readme"], cwd=copy, check=True, capture_output=True)
+    kinds = "seqtransfer/**/*.py", "seqtransfer/**/*.ipynb", "README.md", "nbs/images/*"
+    assert differing(contents(ROOT, *kinds), contents(copy, *kinds)) == [], "run make export readme"
+
+
+@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in str(p)), ids=str)
+def test_a_page_opens_with_a_title_and_a_claim_and_holds_no_error(notebook):
+    cells = json.loads((ROOT / notebook).read_text())["cells"]
+    title, _, claim = "".join(cells[0]["source"]).split("\n")[:3]
+    assert title.startswith("# ") and claim.startswith("> ")
+    assert not any(o["output_type"] == "error" for c in cells for o in c.get("outputs", []))
+    for c in cells:
+        source = "".join(c["source"])
+        if c["cell_type"] == "code" and any("image/png" in o.get("data", {}) for o in c["outputs"]) and notebook.name != "index.ipynb":
+            assert "#| fig-cap:" in source, source[:80]
+
+
+def modules_used(module):
+    "The modules of the package that a module imports, anywhere in its code."
+    tree = ast.parse((ROOT / "seqtransfer" / (module.replace(".", "/") + ".py")).read_text())
+    here = ["seqtransfer", *module.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(here[:len(here) - node.level + 1] + [node.module] if node.level and node.module else here[:len(here) - node.level + 1] if node.level else [node.module])
+            for name in (base, *(f"{base}.{a.name}" for a in node.names)):
+                if name.removeprefix("seqtransfer.") in ORDER: yield name.removeprefix("seqtransfer.")
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_data_flow_one_way(module):
+    used = set(modules_used(module))
+    assert all(ORDER.index(m) < ORDER.index(module) for m in used), used
+    if module not in ("cli", "all"): assert not used & {"cli", "engine"}
+
+
+@pytest.mark.parametrize("module", [m for m in ORDER if m not in ("all", "cli")])
+def test_every_public_name_is_documented(module):
+    m = importlib.import_module(f"seqtransfer.{module}")
+    for name in m.__all__:
+        thing = inspect.unwrap(getattr(m, name))
+        if not callable(thing) or getattr(thing, "__module__", None) != m.__name__: continue
+        assert thing.__doc__, name
+        if inspect.isclass(thing) and not is_dataclass(thing): continue
+        described = docments(thing)
+        lacking = [k for k, v in described.items() if v is None and not (k == "return" and (inspect.isclass(thing) or inspect.signature(thing).return_annotation is inspect.Signature.empty))]
+        assert not lacking, f"{name}: {lacking}"
