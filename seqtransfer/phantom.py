@@ -374,11 +374,11 @@ def patient(cohort: Cohort,  # the data set
     images = {m: render(fractions, table[m], cohort.site, chance("image", m), population.fov) for m in cohort.modalities}
     return images, label_map(fractions, cohort.labels), fractions
 
-# %% ../nbs/02_phantom.ipynb #87c24197
+# %% ../nbs/02_phantom.ipynb #bb6b10a2
 def save_volume(path,  # file to write, ending in .nii.gz
                 voxels: np.ndarray,  # HWD, int16 or uint8
                 fov: float,  # field of view, mm
-               ) -> None:
+               ) -> Path:  # `path`
     "Writes a NIfTI-1 file; the same voxels give the same bytes."
     affine = np.diag([fov / n for n in voxels.shape] + [1.0])
     affine[:3, 3] = [voxel_centres(n, fov)[0] for n in voxels.shape]
@@ -388,6 +388,7 @@ def save_volume(path,  # file to write, ending in .nii.gz
     image.set_qform(affine, "scanner")
     with replacing(path) as part:
         part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+    return Path(path)
 
 # %% ../nbs/02_phantom.ipynb #6ba3eeb1
 def write_cohort(folder: Path,  # where nnU-Net's DatasetXXX_Name folder is written

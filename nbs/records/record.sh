@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs `make demo` and `make test` in a fresh clone of what is committed, with an empty pip environment, and keeps
+# what they print and what the README shows. Usage: make record
+set -euo pipefail
+here=$(cd "$(dirname "$0")/../.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+git clone -q "$here" "$work/seqtransfer"
+cd "$work/seqtransfer"
+export SEQTRANSFER_CACHE="$work/cache"
+export SEQTRANSFER_REALDATA="${SEQTRANSFER_REALDATA:-$here/../shared/realdata}"
+make install
+measured() {  # runs a command and adds its wall clock time and the memory of its largest process
+  python3 - "$@" <<'PY'
+import resource, subprocess, sys, time
+start = time.monotonic()
+code = subprocess.run(sys.argv[1:]).returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+print(f"({' '.join(sys.argv[1:])}: {time.monotonic() - start:.0f} s after installation, largest process {peak:.1f} GB)", flush=True)
+sys.exit(code)
+PY
+}
+measured make demo > demo.txt 2>&1 || { cat demo.txt; exit 1; }
+measured make test > test.txt 2>&1 || { cat test.txt; exit 1; }
+records=$here/nbs/records
+rm -rf "$records/demo" && mkdir -p "$records/demo"
+cp -r demo/run/{affinity.csv,affinity.json,path.json,paths.csv,protocol.json,arms} "$records/demo/"
+sed "s#$work/seqtransfer/##g" demo.txt > "$records/demo.txt"
+{ grep -E "secs$|^Success" test.txt; grep -E "passed|failed|^\(make" test.txt; } | sed "s#$work/seqtransfer/##g" > "$records/test.txt"
+echo "Recorded. Execute nbs/index.ipynb (make notebooks does) and run make readme."
