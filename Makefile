@@ -30,11 +30,11 @@ $(READY): settings.ini setup.py constraints.txt
 demo: $(READY)
 	$(BIN)/seqtransfer phantom demo/zoo --like nnunet --size 48 --cases 16 --seed 0
 	$(BIN)/seqtransfer tasks demo/zoo
-	$(BIN)/seqtransfer run demo/zoo --target LesionC-FLAIR-WMH --out demo/run
+	$(BIN)/seqtransfer run demo/zoo --target LesionC-FLAIR-WMH --arms scratch,scratch-total,direct-choice,sequential --out demo/run
 
 # One thread a notebook: two run at a time, and more threads than cores are slower than too few.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest tests
 
 notebooks: $(READY)

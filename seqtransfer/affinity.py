@@ -21,13 +21,14 @@ from .similarity.image import image_signatures, quantile_distance, wasserstein
 from .similarity.label import label_signature, ssim_matrix
 from .tasks import Task, TaskPool, protocol, read_case
 
-# %% ../nbs/12_affinity.ipynb #957fe32f
+# %% ../nbs/12_affinity.ipynb #322a2e36
 def sample(task: Task,  # any task
            cases: int = 10,  # at most so many
            seed: int = 0,  # of the lottery
+           first: tuple = (),  # patients to take before all others: the target's few, so that same-patient pairs can be formed
           ) -> tuple:  # of `Case`
     "The cases that stand for a task: those of the patients with the lowest lottery numbers, the same in every task that has them."
-    return tuple(sorted(task.cases, key=lambda c: (seed_for(seed, "affinity", c.patient), c.patient))[:cases])
+    return tuple(sorted(task.cases, key=lambda c: (c.patient not in first, seed_for(seed, "affinity", c.patient), c.patient))[:cases])
 
 # %% ../nbs/12_affinity.ipynb #ce075be0
 def _in_threads(work, items: list, text: str):
@@ -52,15 +53,16 @@ def signature(case,  # a `Case`
     "What one reading of a case leaves; raises `InputError` naming the file when it cannot be read or is constant."
     return _read_image([case], exact, {case})[case]
 
-# %% ../nbs/12_affinity.ipynb #f93f87e2
+# %% ../nbs/12_affinity.ipynb #6dd2d1eb
 def signatures(pool,  # the tasks
                cases: int = 10,  # sampled from each
                seed: int = 0,  # of the sample
                exact: bool = False,  # keep all scores of the raw volumes
+               first: tuple = (),  # patients to sample before all others
               ) -> dict:  # Case -> (ImageSignature, LabelSignature), for the sampled cases
     "The signatures of the sampled cases of all tasks; every image is analysed once."
     images, owner = {}, {}
-    for case in dict.fromkeys(c for t in pool for c in sample(t, cases, seed)):
+    for case in dict.fromkeys(c for t in pool for c in sample(t, cases, seed, first)):
         images.setdefault(case.image, []).append(case)
         owner.setdefault((case.mask, case.labels), case)
     owners = set(owner.values())
@@ -68,15 +70,16 @@ def signatures(pool,  # the tasks
     found = {c: s for part in parts for c, s in part.items()}
     return {c: (image, found[owner[c.mask, c.labels]][1]) for c, (image, _) in found.items()}
 
-# %% ../nbs/12_affinity.ipynb #290060fd
+# %% ../nbs/12_affinity.ipynb #e172d31a
 def case_pairs(a,  # cases of one task
                b,  # cases of another
-               same_patient: bool,  # only pairs of one patient, where there are any
+               same_patient: bool,  # only pairs of one patient, or only pairs of two; where there are none, all pairs
               ) -> tuple:  # two index arrays, into `a` and into `b`
     "The pairs of cases that a term is the mean of."
     i, j = np.indices((len(a), len(b))).reshape(2, -1)
     same = np.array([x.patient == y.patient for x in a for y in b])
-    return (i[same], j[same]) if same_patient and same.any() else (i, j)
+    chosen = same if same_patient else ~same
+    return (i[chosen], j[chosen]) if chosen.any() else (i, j)
 
 
 def pair_table(samples: dict,  # task -> its sampled cases
@@ -134,19 +137,20 @@ def _quantile_term(found: dict, term: str, key) -> tuple:
     if has: distances[np.ix_(has, has)] = quantile_distance(*[np.stack([rows[i] for i in has])] * 2)
     return distances, position
 
-# %% ../nbs/12_affinity.ipynb #8e85043a
+# %% ../nbs/12_affinity.ipynb #169cc17f
 def compute_terms(pool,  # tasks, at least two
                   paper: bool = False,  # exact distances and the paper's pairs for `ica` and `oca`
                   cases: int = 10,  # sampled from each task
                   seed: int = 0,  # of the sample
+                  first: tuple = (),  # patients to sample before all others
                  ) -> dict:  # "ica", "oca", "fg_z", "pca_z" -> (N, N) float64
     "All terms between all tasks of a pool; raises `InputError` naming a task without any object, or a file that cannot be used."
     tasks = list(pool)
-    samples = {t: sample(t, cases, seed) for t in tasks}
-    found = signatures(tasks, cases, seed, exact=paper)
+    samples = {t: sample(t, cases, seed, first) for t in tasks}
+    found = signatures(tasks, cases, seed, paper, first)
     for t, chosen in samples.items():
         if all(found[c][0].fg_z is None for c in chosen):
-            raise InputError(f"None of the {len(chosen)} sampled masks of {t.name} holds its label: leave the task out or sample more cases.")
+            raise InputError(f"None of the {len(chosen)} sampled masks of {t.name} holds its label: correct the table of labels, or take the data set out of the folder.")
     ours, theirs = pair_table(samples, False), pair_table(samples, paper)
     masks, position = _items(found, lambda c: (c.mask, c.labels))
     oca = ssim_matrix([found[c][1] for c in masks])
@@ -247,12 +251,12 @@ def preset_weights(mode: str,  # "paper" or "default"
     if not any(weights.values()): raise InputError("All weights of the affinity are 0: give at least one term a weight above 0.")
     return {t: float(w) for t, w in weights.items()}
 
-# %% ../nbs/12_affinity.ipynb #2cf302df
+# %% ../nbs/12_affinity.ipynb #5b92fa2f
 def _split(pool, target, shots: int, seed: int, test) -> tuple:
     "The tasks to compare, and what the split took away from the sources."
-    if target is None: return tuple(pool), {}
+    if target is None: return tuple(pool), {}, ()
     split = protocol(pool, target, shots, seed, test)
-    return (*split.sources, split.train), {"shots": shots, "test": len(split.test.patients), "removed": dict(split.removed), "dropped": list(split.dropped)}
+    return (*split.sources, split.train), {"shots": shots, "test": len(split.test.patients), "removed": dict(split.removed), "dropped": list(split.dropped)}, split.train.patients
 
 
 def affinity(pool: TaskPool,  # the tasks
@@ -268,9 +272,9 @@ def affinity(pool: TaskPool,  # the tasks
     Raises `InputError` for fewer than two tasks, a task without objects, or a file that cannot be used."""
     asked = preset_weights(mode, weights)
     if cases < 1: raise InputError(f"An affinity cannot be taken from {cases} cases of a task: sample at least one.")
-    tasks, split = _split(pool, target, shots, seed, test)
+    tasks, split, first = _split(pool, target, shots, seed, test)
     if len(tasks) < 2: raise InputError(f"An affinity needs two tasks, this pool has {len(tasks)}: put another data set or label beside it.")
-    terms = compute_terms(tasks, mode == "paper", cases, seed)
+    terms = compute_terms(tasks, mode == "paper", cases, seed, first)
     unit = scales(terms) if mode == "default" else dict.fromkeys(terms, 1.0)
     about = {t.name: {"dataset": t.dataset, "site": t.site, "modality": t.modality, "label": t.label, "cases": len(t),
                       "sampled": min(len(t), cases)} for t in tasks}

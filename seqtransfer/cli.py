@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'out_console', 'err_console', 'Data', 'Target', 'Shots', 'Test', 'Seed', 'Mode', 'Sources', 'Top', 'Json',
-           'show_table', 'phantom', 'tasks', 'affinity', 'paths', 'run', 'report', 'main']
+           'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths', 'run', 'report', 'main']
 
-# %% ../nbs/60_cli.ipynb #8c6ce0f5
+# %% ../nbs/60_cli.ipynb #36aa9438
 import json
 import sys
 from pathlib import Path
@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .core import InputError, replacing
+import seqtransfer
+from .core import InputError, RunError, replacing, writable
 
-# %% ../nbs/60_cli.ipynb #d2330908
+# %% ../nbs/60_cli.ipynb #18e7e2e0
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="Which source tasks, in which order, should a segmentation network be trained on before it is fine-tuned on mine?")
+                  help="Which source tasks, in which order, should a segmentation network be trained on before it is fine-tuned on mine?\n\n"
+                       "In this order: phantom (or your own folder), tasks, affinity, paths, run, report.")
 out_console, err_console = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
 
@@ -44,16 +46,24 @@ def show_table(frame,  # pandas table
     for row in frame.itertuples(index=False): table.add_row(*map(_cell, row))
     out_console.print(table)
 
-# %% ../nbs/60_cli.ipynb #53122d2c
+# %% ../nbs/60_cli.ipynb #d7fe06b4
 Data = Annotated[Path, typer.Argument(help="Folder with data sets (nnU-Net v2 raw), or one of them.")]
 Target = Annotated[str, typer.Option("--target", "-t", help="Name of the target task; the command [bold]tasks[/bold] lists them.")]
-Shots = Annotated[int, typer.Option(help="Labelled patients of the target to train on.")]
-Test = Annotated[Optional[int], typer.Option("--test", help="Test patients of the target; all others when not given.")]
+Shots = Annotated[int, typer.Option(help="Labelled patients of the target.")]
+Test = Annotated[Optional[int], typer.Option("--test", help="Test patients of the target; all others when not given. They are removed from every source.")]
 Seed = Annotated[int, typer.Option(help="Decides the split, the sampling, the weights and the patches.")]
-Mode = Annotated[str, typer.Option(help="Affinity: [bold]default[/bold], or [bold]paper[/bold] (to the letter, slower).")]
+Mode = Annotated[str, typer.Option(help="Affinity: [bold]default[/bold] (fg_z + pca_z, scaled), or [bold]paper[/bold] (ICA and OCA with the published constants; slower).")]
 Sources = Annotated[int, typer.Option(help="Number of sources along the path.")]
 Top = Annotated[int, typer.Option(help="Number of candidate paths to show.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
+
+# %% ../nbs/60_cli.ipynb #d6920411
+def _version(asked: bool):
+    if asked: print(seqtransfer.__version__); raise typer.Exit()
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False): pass
 
 # %% ../nbs/60_cli.ipynb #a6a67d72
 @app.command()
@@ -69,7 +79,7 @@ def phantom(
     folder = write_zoo(out, like, size, cases, seed)
     print(f"{folder} holds {len(list(folder.glob('Dataset*')))} data sets; list their tasks with: seqtransfer tasks {folder}")
 
-# %% ../nbs/60_cli.ipynb #9739c6c3
+# %% ../nbs/60_cli.ipynb #70151987
 @app.command()
 def tasks(
     data: Data,
@@ -80,21 +90,16 @@ def tasks(
     from seqtransfer.datasets import check_pool, read_pool, task_table
     pool = read_pool(data)
     for name, why in pool.skipped: err_console.print(f"skipped {name}: {why}", markup=False, highlight=False)
-    problems = []
-    if check:
-        checked, problems = check_pool(pool)
-        problem_tasks = {t.name for t in pool if any(str(p) in " ".join(problems) for c in t.cases for p in (c.image, c.mask))}
-        table = checked if problem_tasks else task_table(pool).merge(checked, on="task")
-    else: table = task_table(pool)
-    show_table(table, f"{len(pool)} tasks in {data}", as_json)
+    table, problems = check_pool(pool) if check else (task_table(pool), [])
+    show_table(table, f"{len(pool)} tasks in {data}; shape (voxels) and spacing (mm) of the first case", as_json)
     for p in problems: err_console.print(f"problem: {p}", markup=False, highlight=False)
     if problems: raise typer.Exit(1)
 
-# %% ../nbs/60_cli.ipynb #da126b6f
+# %% ../nbs/60_cli.ipynb #526ae0de
 @app.command()
 def affinity(
     data: Data,
-    target: Annotated[Optional[str], typer.Option("--target", "-t", help="See this task through its labelled cases only, and remove its test patients from all others.")] = None,
+    target: Annotated[Optional[str], typer.Option("--target", "-t", help="The task you want to segment: only its --shots patients are read, and its test patients are removed everywhere. Without it all patients are used; choose no path from that matrix.")] = None,
     shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
     out: Annotated[Path, typer.Option(help="CSV file to write, one row per ordered pair; a heatmap is drawn beside it (.png).")] = Path("affinity.csv"),
     as_json: Json = False,
@@ -103,6 +108,8 @@ def affinity(
     import matplotlib; matplotlib.use("Agg")
     from seqtransfer import affinity as module, plots
     from seqtransfer.datasets import read_pool
+    if out.suffix != ".csv": raise InputError(f"The table is a CSV file, and {out} does not end in .csv: give another name.")
+    writable(out.absolute().parent)
     a = module.affinity(read_pool(data), mode=mode, target=target, shots=shots, seed=seed, test=test)
     a.save(out)
     with replacing(out.with_suffix(".png")) as part: plots.affinity_heatmap(a).figure.savefig(part, bbox_inches="tight", dpi=110)
@@ -129,7 +136,7 @@ def paths(
         with replacing(csv) as part: table.to_csv(part, index=False)
     show_table(table, f"Paths to {target}; costs compare only within one number of sources", as_json)
 
-# %% ../nbs/60_cli.ipynb #90d1417f
+# %% ../nbs/60_cli.ipynb #be51321f
 class _Shown:
     "Progress of a run: a bar over its notebooks with the latest line of the one at work, or lines where there is no terminal."
     def __enter__(self):
@@ -138,8 +145,11 @@ class _Shown:
         if self.bar: self.bar.start(); self.task = self.bar.add_task("starting", total=None)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self.bar: self.bar.stop()
+        if kind is KeyboardInterrupt:  # typer would only say "Aborted"
+            err_console.print("seqtransfer: stopped; the same command goes on where it was.")
+            raise typer.Exit(130)
 
     def __call__(self, step: int, total: int, line: str):
         if self.bar: self.bar.update(self.task, completed=step, total=total, description=line[:70])
@@ -154,19 +164,19 @@ def _finish(out: Path, as_json: bool):
     if as_json: return show_table(summary, "", True)
     show_table(readable(summary), "Dice of the arms: mean over test cases with 95 % interval; gains paired by patient", False)
     if (out / "paths.csv").exists(): show_table(pd.read_csv(out / "paths.csv"), "Candidate paths: costs compare only within one number of sources", False)
-    for kind, pattern in (("notebooks", "notebooks/*.ipynb"), ("figures", "figures/*.png"), ("tables", "*.csv"), ("report", "report.html")):
+    for kind, pattern in (("notebooks", "notebooks/[!.]*.ipynb"), ("figures", "figures/*.png"), ("tables", "*.csv"), ("report", "report.html")):
         print(f"{kind}:", *sorted(str(p) for p in out.glob(pattern)), sep="\n  ")
 
-# %% ../nbs/60_cli.ipynb #32b979bb
+# %% ../nbs/60_cli.ipynb #e4c1e998
 @app.command()
 def run(
     data: Data, target: Target,
-    out: Annotated[Path, typer.Option(help="Folder of the run; the same command goes on where it was stopped.")],
-    arms: Annotated[str, typer.Option(help="Arms to compare, separated by commas: scratch, scratch-total, direct-choice, direct-first, direct-last, sequential.")] = "scratch,direct-choice,sequential",
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same command goes on where it was stopped, repeating only the stage that was interrupted.")],
+    arms: Annotated[str, typer.Option(help="Arms to compare, separated by commas. scratch: the target only; scratch-total: the same for all steps; direct-choice: the nearest source; direct-first, direct-last: the first or last source of the path alone; sequential: the path.")] = "scratch,direct-choice,sequential",
     sources: Sources = 2, shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
     steps: Annotated[int, typer.Option(help="Optimiser steps on sources, in sum over the sources of an arm.")] = 1000,
     target_steps: Annotated[int, typer.Option(help="Optimiser steps on the target.")] = 100,
-    target_lr: Annotated[float, typer.Option(help="Initial learning rate of fine-tuning on the target.")] = 5e-4,
+    target_lr: Annotated[float, typer.Option(help="Initial learning rate on the target from trained weights; fresh weights start at 0.005.")] = 5e-4,
     as_json: Json = False,
 ):
     "Choose a path, train it, and compare it with direct transfer and training from scratch."
@@ -178,7 +188,7 @@ def run(
     for arm, why in result.failures.items(): err_console.print(f"failed: {arm}: {why}", markup=False, highlight=False)
     if result.failures: raise typer.Exit(1)
 
-# %% ../nbs/60_cli.ipynb #bce76d17
+# %% ../nbs/60_cli.ipynb #e466df22
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: Json = False):
     "Write table, figures and HTML again from what a run left."
@@ -189,8 +199,8 @@ def report(out: Annotated[Path, typer.Argument(help="Folder of a run.")], as_jso
 
 def main():
     "Entry point: one sentence and exit code 2 for a user's mistake, no traceback."
-    try: app()
+    try: app(prog_name="seqtransfer")
     except InputError as e: err_console.print(f"seqtransfer: {e}", markup=False, highlight=False, soft_wrap=True); sys.exit(2)
     except OSError as e: err_console.print(f"seqtransfer: {e.filename or 'A file'} cannot be read or written ({e.strerror or e}): "
                                            "mend that and run the same command again.", markup=False, highlight=False, soft_wrap=True); sys.exit(2)
-    except KeyboardInterrupt: err_console.print("seqtransfer: stopped; the same command goes on where it was."); sys.exit(130)
+    except RunError as e: err_console.print(f"seqtransfer: {e}", markup=False, highlight=False, soft_wrap=True); sys.exit(1)

@@ -5,22 +5,28 @@
 # %% auto #0
 __all__ = ['READERS', 'read_nnunet', 'read_pool', 'task_table', 'check_pool']
 
-# %% ../nbs/01_datasets.ipynb #7eba6338
+# %% ../nbs/01_datasets.ipynb #c7eff363
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .core import InputError, progress, read_json
 from .tasks import Case, Task, TaskPool, open_volume, read_case, slug, spacing_of, task_name
 
-# %% ../nbs/01_datasets.ipynb #461c3722
+# %% ../nbs/01_datasets.ipynb #f2020338
 def _described(folder: Path) -> dict:
     "What `dataset.json` says; raises `InputError` naming what is missing in it."
     info = read_json(folder / "dataset.json")
     lacking = [k for k in ("channel_names", "labels", "file_ending") if not isinstance(info, dict) or k not in info]
     if lacking:
         raise InputError(f"{folder / 'dataset.json'} has no {' and no '.join(lacking)}: complete it as nnU-Net v2 describes.")
+    try:
+        for channel in info["channel_names"]: int(channel)
+        for value in info["labels"].values(): _values(value)
+    except (AttributeError, TypeError, ValueError) as e:
+        raise InputError(f'{folder / "dataset.json"} must have channel_names like {{"0": "T1"}} and labels like {{"lesion": 1}} ({e}): correct it.') from e
     if "ignore" in info["labels"]:
         raise InputError(f"{folder / 'dataset.json'} has a label to ignore, which cannot be read: "
                          "make it background, or a label of its own, in a copy of the data set.")
@@ -31,14 +37,14 @@ def _values(value) -> tuple:
     "The label values of one entry: an integer, or a list of them for a region."
     return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
 
-# %% ../nbs/01_datasets.ipynb #8195f5a7
+# %% ../nbs/01_datasets.ipynb #b3632a11
 def read_nnunet(folder,  # one `DatasetXXX_Name`
                ) -> tuple:  # of `Task`, one for each channel and label
     "The tasks of one nnU-Net v2 raw data set; raises `InputError` for an incomplete description, a missing image, or no case at all."
     folder = Path(folder)
     info = _described(folder)
     end, name = info["file_ending"], re.sub(r"^Dataset\d+_", "", folder.name)
-    masks = {p.name.removesuffix(end): p for p in sorted((folder / "labelsTr").glob(f"*{end}"))}
+    masks = {p.name.removesuffix(end): p for p in sorted((folder / "labelsTr").glob(f"[!.]*{end}"))}
     if not masks: raise InputError(f"{folder} has no labels labelsTr/*{end}: check file_ending in its dataset.json.")
     present = {p.name for p in (folder / "imagesTr").glob(f"*{end}")}
 
@@ -81,31 +87,34 @@ def read_pool(folder,  # a data set, or a folder that holds several
     if twice: raise InputError(f"Two tasks in {folder} are called {twice}: rename one of the data sets or labels.")
     return TaskPool(tuple(tasks), tuple(skipped))
 
-# %% ../nbs/01_datasets.ipynb #85c8d280
+# %% ../nbs/01_datasets.ipynb #1a0812b2
+def _grid(shape, spacing) -> dict:
+    return {"shape": "x".join(map(str, shape)), "spacing": "x".join(f"{s:.3g}" for s in spacing)}
+
+
 def task_table(pool: TaskPool,  # what `read_pool` returned
               ) -> pd.DataFrame:  # columns task, patients, shape (voxels), spacing (mm)
     "One row per task from the headers of its first case; raises `InputError` when that cannot be read."
     def row(task):
         img = open_volume(task.cases[0].image)
-        return dict(task=task.name, patients=len(task.patients), shape="x".join(map(str, img.shape)),
-                    spacing="x".join(f"{s:.3g}" for s in spacing_of(img.affine)))
+        return {"task": task.name, "patients": len(task.patients), **_grid(img.shape, spacing_of(img.affine))}
     return pd.DataFrame([row(t) for t in progress(pool.tasks, "reading headers")])
 
 
 def check_pool(pool: TaskPool,  # what `read_pool` returned
-              ) -> tuple:  # (table: task, empty masks, label volume in cm^3 as median, least, most; list of problems, one sentence each)
+              ) -> tuple:  # (table as of `task_table`, with empty masks and label volumes in cm^3; list of problems, one sentence each)
     "Reads every case of every task and collects what is wrong instead of stopping at it."
     rows, problems = [], []
     for task in progress(pool.tasks, "checking"):
-        cm3 = []
+        cm3, row = [], {"task": task.name, "patients": len(task.patients)}
         for case in task.cases:
-            try:
-                v = read_case(case)
-                cm3.append(v.mask.sum() * float(pd.Series(v.spacing).prod()) / 1000)
-            except InputError as e: problems.append(str(e))
+            try: v = read_case(case)
+            except InputError as e: problems.append(str(e)); continue
+            cm3.append(float(v.mask.sum() * np.prod(v.spacing) / 1000))
+            if len(cm3) == 1: row |= _grid(v.image.shape, v.spacing)
         if cm3 and not any(cm3):
             problems.append(f"No mask of {task.name} holds its label (value {', '.join(map(str, task.cases[0].labels))}), the first is {task.cases[0].mask}: "
                             "correct the table of labels.")
         held = pd.Series(cm3, dtype=float)
-        rows.append({"task": task.name, "empty masks": int((held == 0).sum()), "median cm3": held.median(), "least cm3": held.min(), "most cm3": held.max()})
+        rows.append(row | {"empty masks": int((held == 0).sum()), "median cm3": held.median(), "least cm3": held.min(), "most cm3": held.max()})
     return pd.DataFrame(rows), list(dict.fromkeys(problems))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from .core import InputError, replacing
 from .tasks import Volume, foreground, zscore
 
-# %% ../nbs/30_networks.ipynb #754562e0
+# %% ../nbs/30_networks.ipynb #9d915e7a
 @dataclass(frozen=True)
 class Plan:
     "What every stage of one transfer path shares."
@@ -31,13 +31,13 @@ class Plan:
 
 def plan_for(volumes: list,  # of `Volume`: the few-shot cases of the target
              largest: int = 64,  # longest patch side, voxels
-             batch: int = 2,  # patches per step
             ) -> Plan:  # for the target and every source on the way to it
     "The plan of a target: the median spacing, and a patch that covers the median foreground up to `largest` voxels a side."
     spacing = np.median([v.spacing for v in volumes], axis=0)
-    shape = np.median([np.ptp(np.argwhere(foreground(v.image)), axis=0) + 1 for v in volumes], axis=0)
-    patch = np.clip(np.ceil(shape / 8) * 8, 16, max(16, largest // 8 * 8))
-    return Plan(tuple(round(float(s), 4) for s in spacing), tuple(int(p) for p in patch), batch=batch)
+    extent = np.median([(np.ptp(np.argwhere(foreground(v.image)), axis=0) + 1) * v.spacing for v in volumes], axis=0)  # mm
+    shape = extent / spacing
+    patch = np.clip(np.ceil((shape - 1e-6) / 8) * 8, 16, max(16, largest // 8 * 8))
+    return Plan(tuple(round(float(s), 4) for s in spacing), tuple(int(p) for p in patch))
 
 # %% ../nbs/30_networks.ipynb #b0b4766f
 def _meta(array: np.ndarray, affine: np.ndarray) -> MetaTensor:

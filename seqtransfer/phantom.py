@@ -8,7 +8,7 @@ __all__ = ['POPULATIONS', 'TISSUES', 'CONTRAST', 'GLIOMA', 'WMH', 'INFANT', 'COH
            'bent_grid', 'anatomy', 'tumour', 'hyperintensities', 'plant', 'coarser', 'Site', 'mixture', 'render',
            'Cohort', 'label_map', 'patient', 'save_volume', 'write_cohort', 'write_zoo', 'demo_zoo']
 
-# %% ../nbs/02_phantom.ipynb #cce4acdf
+# %% ../nbs/02_phantom.ipynb #4584d675
 import gzip
 import os
 import tempfile
@@ -21,7 +21,7 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from . import __version__
-from .core import InputError, cache_folder, digest, progress, read_json, replacing, seed_for, writable, write_json
+from .core import InputError, cache_folder, code_digest, digest, progress, read_json, replacing, seed_for, writable, write_json
 
 # %% ../nbs/02_phantom.ipynb #11ee77b0
 def voxel_centres(size: int,  # voxels along each axis
@@ -454,10 +454,10 @@ def write_zoo(out,  # folder to write into; new, empty, or holding this very zoo
             if not _holds(out, parameters): raise InputError(f"{out} was taken by something else: choose another folder.") from None
     return out
 
-# %% ../nbs/02_phantom.ipynb #b34bc7f6
+# %% ../nbs/02_phantom.ipynb #bb74e3cc
 def demo_zoo(size: int = 32,  # voxels along each axis
              cases: int = 6,  # patients in each data set
              seed: int = 0,  # the same seed gives the same bytes
             ) -> Path:  # the zoo's folder below `cache_folder()`
     "The phantom zoo in the layout of nnU-Net, written once and then found in the cache."
-    return write_zoo(cache_folder() / f"phantom-{digest(_parameters('nnunet', size, cases, seed))}", "nnunet", size, cases, seed)
+    return write_zoo(cache_folder() / f"phantom-{digest(_parameters('nnunet', size, cases, seed), code_digest('core', 'phantom'))}", "nnunet", size, cases, seed)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Case', 'Task', 'TaskPool', 'slug', 'task_name', 'open_volume', 'spacing_of', 'Volume', 'displacement', 'read_case',
-           'read_task', 'foreground', 'zscore', 'Protocol', 'protocol']
+           'read_task', 'foreground', 'zscore', 'Protocol', 'copies_of', 'protocol']
 
-# %% ../nbs/00_tasks.ipynb #a86906f9
+# %% ../nbs/00_tasks.ipynb #9d1181a0
+import filecmp
 import re
 import zlib
 from collections import Counter
@@ -156,7 +157,7 @@ def read_case(case: Case,  # what to read
     y = np.isin(np.rint(_voxels(mask, case.mask)), case.labels)
     return Volume(_voxels(image, case.image), y, image.affine)
 
-# %% ../nbs/00_tasks.ipynb #4d5f8834
+# %% ../nbs/00_tasks.ipynb #3bfd1d18
 def read_task(task: Task,  # what to read
              ) -> list:  # of `Volume`, one per case
     "Reads all cases of a task; raises `InputError` when no mask holds the label, and whatever `read_case` raises."
@@ -164,7 +165,7 @@ def read_task(task: Task,  # what to read
     if not any(v.mask.any() for v in volumes):
         values = ", ".join(map(str, task.cases[0].labels))
         raise InputError(f"None of the {len(task)} masks of {task.name} holds its label (value {values}), the first is {task.cases[0].mask}: "
-                         "correct the table of labels or leave the task out.")
+                         "correct the table of labels, or ask for more shots or another seed if these patients have none of it.")
     return volumes
 
 # %% ../nbs/00_tasks.ipynb #d62dfba4
@@ -189,7 +190,7 @@ def zscore(image: np.ndarray,  # HWD, raw intensities
     if sd > 0: out[foreground] = (inside - inside.mean()) / sd
     return out
 
-# %% ../nbs/00_tasks.ipynb #4b439c22
+# %% ../nbs/00_tasks.ipynb #47d06779
 @dataclass(frozen=True)
 class Protocol:
     "Who may be trained on and who is tested, for one target, number of shots and seed."
@@ -210,7 +211,18 @@ def _only(task: Task, patients) -> Task:
     keep = set(patients)
     return replace(task, cases=tuple(c for c in task.cases if c.patient in keep))
 
-# %% ../nbs/00_tasks.ipynb #023b7d02
+
+def copies_of(cases,  # the test cases
+              pool,  # tasks to look through
+             ) -> set:  # patients of the pool, under whatever name
+    "The patients of whom an image file is a copy, byte for byte, of a test case's; only files of equal size are compared."
+    size = lambda path: path.stat().st_size if path.exists() else None
+    tested = {}
+    for c in cases: tested.setdefault(size(c.image), set()).add(c.image)
+    return {c.patient for t in pool for c in t.cases for other in tested.get(size(c.image), ())
+            if size(c.image) is not None and (c.image == other or filecmp.cmp(c.image, other, shallow=False))}
+
+# %% ../nbs/00_tasks.ipynb #3acf6d93
 def protocol(pool: TaskPool,  # sources and target
              target: str,  # name of the target task
              shots: int = 3,  # labelled patients of the target to train on
@@ -229,7 +241,8 @@ def protocol(pool: TaskPool,  # sources and target
     rng = np.random.default_rng(seed_for(seed, "split", task.dataset, task.site))
     order = [patients[i] for i in rng.permutation(len(patients))]
     tested = set(order[shots:need] if test is not None else order[shots:])
-    sources = {t.name: _only(t, set(t.patients) - tested) for t in pool if t.name != target}
+    leaked = tested | copies_of(_only(task, tested).cases, (t for t in pool if t.name != target))
+    sources = {t.name: _only(t, set(t.patients) - leaked) for t in pool if t.name != target}
     kept = tuple(t for t in sources.values() if len(t))
     if not kept: raise InputError(f"No source is left for {target}: put a second data set beside it in the folder.")
     removed = {t.name: len(t) - len(sources[t.name]) for t in pool if t.name != target and len(sources[t.name]) < len(t)}

@@ -6,23 +6,23 @@
 __all__ = ['Stage', 'data_digest', 'stage_name', 'patch_transform', 'prepare_task', 'positive_weight', 'train', 'Trained',
            'run_stage']
 
-# %% ../nbs/31_training.ipynb #f80a9cbf
+# %% ../nbs/31_training.ipynb #f80486c5
 import hashlib
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import monai
 import numpy as np
 import pandas as pd
 import torch
 from monai.losses import DiceCELoss
 from monai.transforms import Compose, FgBgToIndicesd, RandCropByPosNegLabeld, RandFlipd, RandScaleIntensityd, RandShiftIntensityd, SpatialPadd
 
-import seqtransfer
-from .core import InputError, digest, progress, read_json, replacing, seed_for, write_json
+from .core import InputError, code_digest, digest, progress, read_json, replacing, seed_for, write_json
 from .networks import Plan, build_network, device, load_network, prepare, save_network
-from .tasks import Task, read_task
+from .tasks import Task, read_case
 
 # %% ../nbs/31_training.ipynb #bec497f7
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def data_digest(task: Task,  # whose files to hash
         return _file_digest(path, s.st_size, s.st_mtime_ns)
     return digest([[c.patient, of(Path(c.image)), of(Path(c.mask)), c.labels] for c in task.cases])
 
-# %% ../nbs/31_training.ipynb #a01eb2c6
+# %% ../nbs/31_training.ipynb #33050292
 def stage_name(stage: Stage,  # what is to be trained
                plan: Plan,  # of the target
                init: str | None = None,  # name of the stage before, None for fresh weights
               ) -> str:  # 16 hexadecimal digits
     "The name of a stage: the digest of everything that decides its weights."
-    where = [str(device()), torch.get_num_threads(), torch.__version__, seqtransfer.__version__]
+    where = [str(device()), torch.get_num_threads(), torch.__version__, monai.__version__, code_digest("core", "tasks", "networks", "training")]
     return digest(init, data_digest(stage.task), asdict(plan), stage.steps, stage.lr, stage.seed, where)
 
 # %% ../nbs/31_training.ipynb #096466d3
@@ -71,15 +71,17 @@ def patch_transform(plan: Plan,  # decides the patch
         RandShiftIntensityd("image", offsets=0.1, prob=0.5),
     ]).set_random_state(seed)
 
-# %% ../nbs/31_training.ipynb #cdc2d20c
+# %% ../nbs/31_training.ipynb #3f690fdb
 def prepare_task(task: Task,  # to be trained on
                  plan: Plan,  # of the target
-                ) -> list:  # of dicts: image, mask as 1HWD tensors on the device, and the voxels to centre on
-    "Reads a task and brings it to the plan; raises what `read_task` raises."
+                ) -> list:  # of dicts: image, mask as 1HWD tensors, and the voxels to centre on
+    "Reads a task, case by case, and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds the label."
     index, out = FgBgToIndicesd("mask"), []
-    for v in read_task(task):
-        image, mask = (x.as_tensor().contiguous() for x in prepare(v, plan))
-        out.append({k: x.to(device()) if k in ("image", "mask") else x for k, x in index({"image": image, "mask": mask}).items()})
+    for case in progress(task.cases, f"reading {task.name}"):
+        image, mask = (x.as_tensor().contiguous() for x in prepare(read_case(case), plan))
+        out.append(index({"image": image, "mask": mask}))
+    if not any(d["mask"].any() for d in out):
+        raise InputError(f"No mask of {task.name} holds its label at the target's spacing of {plan.spacing} mm: leave the task out, or ask for more shots or another seed.")
     return out
 
 # %% ../nbs/31_training.ipynb #de81f79e
@@ -89,12 +91,12 @@ def positive_weight(data: list,  # what `prepare_task` returned
     share = sum(float(d["mask"].sum()) for d in data) / sum(d["mask"].numel() for d in data)
     return float(np.clip(0.05 / share, 1, 50))
 
-# %% ../nbs/31_training.ipynb #0681028a
+# %% ../nbs/31_training.ipynb #2194c133
 def train(net: torch.nn.Module,  # starts from the weights it has
           data: list,  # what `prepare_task` returned
           stage: Stage,  # steps, learning rate, seed
           plan: Plan,  # patch and batch
-         ) -> pd.DataFrame:  # columns step, loss: the mean over each tenth of the stage, at most 20 rows
+         ) -> pd.DataFrame:  # columns step, loss: means over at most 20 equal parts of the stage
     "Trains `net` in place with AdamW and cosine decay."
     net.to(device()).train()
     draw, order = patch_transform(plan, seed_for(stage.seed, "patches")), np.random.default_rng(seed_for(stage.seed, "order"))
@@ -104,13 +106,13 @@ def train(net: torch.nn.Module,  # starts from the weights it has
     losses = []
     for _ in progress(range(stage.steps), f"training on {stage.task.name}"):
         batch = [draw(data[i])[0] for i in order.integers(len(data), size=plan.batch)]
-        x, y = (torch.stack([b[k].as_tensor() for b in batch]) for k in ("image", "mask"))
+        x, y = (torch.stack([b[k].as_tensor() for b in batch]).to(device()) for k in ("image", "mask"))
         optimiser.zero_grad(set_to_none=True)
         loss = criterion(net(x), y)
         loss.backward(); optimiser.step(); schedule.step()
         losses.append(loss.detach())
     curve = pd.DataFrame({"step": np.arange(1, stage.steps + 1), "loss": torch.stack(losses).cpu().numpy()})
-    every = max(1, stage.steps // 20)
+    every = -(-stage.steps // 20)
     return curve.groupby((curve.step - 1) // every).agg(step=("step", "max"), loss=("loss", "mean")).reset_index(drop=True)
 
 # %% ../nbs/31_training.ipynb #f19cddbe

@@ -59,8 +59,9 @@ def test_a_path_is_chosen_trained_by_patches_and_tested(pool, tmp_path):
     near = affinity(some, target=TARGET, shots=4, test=20, cases=3)
     path = best_paths(near, TARGET, sources=2)[0]
     assert near.distance.shape == (6, 6) and set(path.sources) < NAMES - {TARGET}
-    result = compare(some, TARGET, ("MSLesion-T1-lesion", "Hippocampus-T1-anterior"), arms=("scratch", "sequential"), shots=4, test=20,
+    result = compare(some, TARGET, path, arms=("scratch", "sequential"), shots=4, test=20,
                      recipe=Recipe(source_steps=60, target_steps=60), out=tmp_path)
     dice = result.cases.groupby("arm").dice.mean()
     assert result.cases.groupby("arm").patient.nunique().eq(20).all()
+    assert (tmp_path / "stages").is_dir() and len(list((tmp_path / "stages").iterdir())) == 4 and dice["sequential"] > 0
     assert dice["scratch"] > 0.3  # a posterior hippocampus fills a fiftieth of its crop: chance is below 0.05

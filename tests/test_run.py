@@ -81,7 +81,7 @@ def test_the_same_command_again_trains_nothing(finished, zoo):
 def test_another_run_is_refused_in_the_same_folder(finished, zoo):
     out, _ = finished
     other = seqtransfer("run", zoo, "--out", out, *ARGS, "--seed", 1)
-    assert other.returncode == 2 and "another seed" in other.stderr and "Traceback" not in other.stderr
+    assert other.returncode == 2 and "seed = 0" in other.stderr and "Traceback" not in other.stderr
 
 
 def test_a_report_can_be_written_again(finished):
