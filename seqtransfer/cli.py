@@ -136,7 +136,7 @@ def paths(
         with replacing(csv) as part: table.to_csv(part, index=False)
     show_table(table, f"Paths to {target}; costs compare only within one number of sources", as_json)
 
-# %% ../nbs/60_cli.ipynb #be51321f
+# %% ../nbs/60_cli.ipynb #e2c53fc1
 class _Shown:
     "Progress of a run: a bar over its notebooks with the latest line of the one at work, or lines where there is no terminal."
     def __enter__(self):
@@ -162,7 +162,10 @@ def _finish(out: Path, as_json: bool):
     from seqtransfer.transfer import read_results, readable
     summary = read_results(out).summary()
     if as_json: return show_table(summary, "", True)
-    show_table(readable(summary), "Dice of the arms: mean over test cases with 95 % interval; gains paired by patient", False)
+    title = f"Dice of the arms: mean over {summary.cases.max()} test cases with 95 % interval; gains paired by patient"
+    show_table(readable(summary).drop(columns="path"), title, False)
+    for arm, path in zip(summary.arm, summary.path): print(f"{arm:14}", path)
+    print()
     if (out / "paths.csv").exists(): show_table(pd.read_csv(out / "paths.csv"), "Candidate paths: costs compare only within one number of sources", False)
     for kind, pattern in (("notebooks", "notebooks/[!.]*.ipynb"), ("figures", "figures/*.png"), ("tables", "*.csv"), ("report", "report.html")):
         print(f"{kind}:", *sorted(str(p) for p in out.glob(pattern)), sep="\n  ")

@@ -66,7 +66,7 @@ def is_done(notebook,  # where the executed notebook would be
         return False
     return nb.metadata.get("seqtransfer", {}).get("fingerprint") == fingerprint and read_result(notebook) is not None
 
-# %% ../nbs/40_engine.ipynb #1908d34b
+# %% ../nbs/40_engine.ipynb #82291b8a
 _kernels = None  # keeps the folder with our kernel alive as long as the process
 
 
@@ -76,7 +76,7 @@ def _own_kernel() -> str:
     if _kernels is None:
         _kernels = tempfile.TemporaryDirectory(prefix="seqtransfer-kernel-")
         ipykernel.kernelspec.write_kernel_spec(
-            str(Path(_kernels.name) / "kernels" / "seqtransfer"), extra_arguments=["--log-level=ERROR"])
+            str(Path(_kernels.name) / "kernels" / "seqtransfer"), extra_arguments=["--log-level=CRITICAL"])
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [_kernels.name, os.environ.get("JUPYTER_PATH")]))
     return "seqtransfer"
 

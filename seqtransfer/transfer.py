@@ -86,7 +86,7 @@ def _curve(chain, done) -> pd.DataFrame:
     before = np.cumsum([0] + [s.steps for s in chain])
     return pd.concat([d.curve.assign(stage=i, task=s.task.name, step=d.curve.step + before[i]) for i, (s, d) in enumerate(zip(chain, done))], ignore_index=True)
 
-# %% ../nbs/33_transfer.ipynb #31982b87
+# %% ../nbs/33_transfer.ipynb #7847bf49
 @dataclass(frozen=True)
 class Comparison:
     "Arms that were run on one split, read from their files."
@@ -112,10 +112,11 @@ class Comparison:
         for reference in ("scratch", "direct-choice"):
             gain = self.against(reference).rename(columns={"difference": f"over {reference}", **{k: f"over {reference} {k}" for k in ("low", "high", "p")}})
             if len(gain): out = out.merge(gain, on="arm", how="left")
-        if "over scratch" in out: out["negative transfer"] = (out["over scratch high"] < 0) & (out["over scratch p"] < 0.05)
+        if "over scratch" in out:
+            out["negative transfer"] = (out["over scratch high"] < 0) & (out["over scratch p"] < 0.05) & ~out.arm.str.startswith("scratch")
         return out
 
-# %% ../nbs/33_transfer.ipynb #b537560b
+# %% ../nbs/33_transfer.ipynb #aff627db
 def readable(summary: pd.DataFrame,  # as `Comparison.summary` returns it
             ) -> pd.DataFrame:  # of strings and counts, a row per arm
     "The summary for a page or a terminal: estimates with their 95 % intervals in one column each."
@@ -124,10 +125,11 @@ def readable(summary: pd.DataFrame,  # as `Comparison.summary` returns it
     def one(row):
         undefined = f" ({row['hd95 undefined']} undefined)" if row["hd95 undefined"] else ""
         gains = {f"over {r}": gain(row, f"over {r}") for r in ("scratch", "direct-choice") if f"over {r}" in row}
-        if row.get("negative transfer"): gains["over scratch"] += " negative transfer"
-        return {"arm": row["arm"], "path": row["path"], "cases": row["cases"], "Dice [95 %]": span(row, "dice", "low", "high"), **gains,
+        return {"arm": row["arm"], "path": row["path"], "Dice [95 %]": span(row, "dice", "low", "high"), **gains,
                 "HD95 mm": ("-" if pd.isna(row["hd95"]) else f"{row['hd95']:.1f}") + undefined, "steps x s/step": f"{row['steps']} x {row['seconds per step']:.3f}"}
-    return pd.DataFrame([one(r) for r in summary.to_dict("records")])
+    out = pd.DataFrame([one(r) for r in summary.to_dict("records")])
+    flagged = summary.get("negative transfer", pd.Series(False, summary.index))
+    return out.assign(note=flagged.map({True: "negative transfer", False: ""})) if flagged.any() else out
 
 # %% ../nbs/33_transfer.ipynb #ca9021de
 def read_results(out,  # folder of a comparison
