@@ -6,8 +6,9 @@
 __all__ = ['InputError', 'RunError', 'nearest', 'digest', 'code_digest', 'seed_for', 'writable', 'replacing', 'write_json',
            'read_json', 'cache_folder', 'progress']
 
-# %% ../nbs/00_core.ipynb #10f8b3f9
+# %% ../nbs/00_core.ipynb #305ee01a
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -69,9 +70,10 @@ def seed_for(seed: int,  # the experiment's seed
     "An independent seed for one purpose, derived from the experiment's seed."
     return int(digest(seed, *names)[:8], 16)
 
-# %% ../nbs/00_core.ipynb #389cadcb
+# %% ../nbs/00_core.ipynb #0b7ce709
 _UMASK = os.umask(0)  # can only be read by setting it: once, at import, before there are threads
 os.umask(_UMASK)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk does not say which file it was full for
 
 
 def writable(folder,  # folder to be written into
@@ -98,6 +100,9 @@ def replacing(path,  # the file or folder to appear when the block ends well
         yield Path(name)
         os.chmod(name, 0o666 & ~_UMASK)  # mkstemp makes private files; results are for the group
         os.replace(name, path)
+    except OSError as e:
+        if e.errno not in _NO_ROOM: raise
+        raise InputError(f"{path} cannot be written ({e.strerror}): free some space there, or choose another folder, and run the same command again.") from e
     finally:
         Path(name).unlink(missing_ok=True)
 
