@@ -55,7 +55,7 @@ def read_nnunet(folder,  # one `DatasetXXX_Name`
                 raise InputError(f"The image {folder / 'imagesTr' / file} is missing: restore it or remove its label file.")
         return tuple(Case(f"{folder.name}/{case}", folder / "imagesTr" / files[case], mask, values) for case, mask in masks.items())
 
-    return tuple(Task(task_name(name, modality, label), slug(name), "", slug(modality), slug(label), cases(channel, _values(value)))
+    return tuple(Task(task_name(name, "", modality, label), slug(name), "", slug(modality), slug(label), cases(channel, _values(value)))
                  for channel, modality in info["channel_names"].items()
                  for label, value in info["labels"].items() if _values(value) != (0,))
 
