@@ -11,7 +11,7 @@ from .core import InputError
 from .datasets import check_pool, read_pool, task_table
 from .engine import report, run
 from .paths import TransferPath, best_paths, path_table
-from .phantom import demo_zoo, write_zoo
+from .zoo import demo_zoo, write_zoo
 from .tasks import Task, TaskPool, protocol
 from .transfer import ARMS, Comparison, Recipe, compare, read_results
 

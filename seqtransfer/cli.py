@@ -75,7 +75,7 @@ def phantom(
     seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
 ):
     "Write a zoo of phantom brain-MRI data sets, to try everything on."
-    from seqtransfer.phantom import write_zoo
+    from seqtransfer.zoo import write_zoo
     folder = write_zoo(out, like, size, cases, seed)
     print(f"{folder} holds {len(list(folder.glob('Dataset*')))} data sets; list their tasks with: seqtransfer tasks {folder}")
 

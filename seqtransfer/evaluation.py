@@ -33,7 +33,7 @@ def case_scores(prediction: np.ndarray,  # HWD, bool
         warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of its own use of a deprecated option
         return {"dice": dice, "hd95": float(compute_hausdorff_distance(p, r, percentile=95, spacing=[float(s) for s in spacing]))}
 
-# %% ../nbs/32_evaluation.ipynb #fe9fc8a1
+# %% ../nbs/32_evaluation.ipynb #fc719fdf
 @torch.inference_mode()
 def predict(net: torch.nn.Module,  # B1HWD normalised intensities to B1HWD logits
             volume: Volume,  # raw, on its own grid
@@ -54,7 +54,9 @@ def evaluate(net: torch.nn.Module,  # to be judged
     "Predicts and scores every case of a task."
     def one(case):
         v = read_case(case)
-        return {"patient": case.patient, **case_scores(predict(net, v, plan), v.mask, v.spacing)}
+        predicted = predict(net, v, plan)
+        if v.ignored is not None: predicted &= ~v.ignored
+        return {"patient": case.patient, **case_scores(predicted, v.mask, v.spacing)}
     return pd.DataFrame([one(c) for c in progress(task.cases, f"testing on {task.name}")])
 
 # %% ../nbs/32_evaluation.ipynb #51e4fc7e

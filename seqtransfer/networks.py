@@ -39,7 +39,7 @@ def plan_for(volumes: list,  # of `Volume`: the few-shot cases of the target
     patch = np.clip(np.ceil((shape - 1e-6) / 8) * 8, 16, max(16, largest // 8 * 8))
     return Plan(tuple(round(float(s), 4) for s in spacing), tuple(int(p) for p in patch))
 
-# %% ../nbs/30_networks.ipynb #b0b4766f
+# %% ../nbs/30_networks.ipynb #cc54cdbb
 def _meta(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
     "An HWD array as 1HWD with its geometry."
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], affine=torch.as_tensor(affine))
@@ -47,13 +47,14 @@ def _meta(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
 
 def prepare(volume: Volume,  # raw, on its own grid
             plan: Plan,  # of the target
-           ) -> tuple:  # (image, mask): 1HWD float32 tensors at the plan's spacing, image normalised, mask 0 or 1
+           ) -> tuple:  # (image, mask): 1HWD float32 tensors at the plan's spacing, image normalised, mask 1 or 0, or -1 where ignored
     "Normalises a volume, cuts its empty margins and brings it to the plan's spacing."
     inside = foreground(volume.image)
     box = _meta(inside if inside.any() else ~inside, volume.affine)  # a constant volume has no margins
     start, end = CropForeground().compute_bounding_box(box)
     crop = SpatialCrop(roi_start=start, roi_end=end)
-    image, mask = crop(_meta(zscore(volume.image, inside), volume.affine)), crop(_meta(volume.mask, volume.affine))
+    coded = volume.mask if volume.ignored is None else volume.mask - volume.ignored.astype(np.float32)
+    image, mask = crop(_meta(zscore(volume.image, inside), volume.affine)), crop(_meta(coded, volume.affine))
     if not np.allclose(volume.spacing, plan.spacing, rtol=0.02):
         image = Spacing(plan.spacing, mode="bilinear", padding_mode="border")(image)
         mask = Spacing(plan.spacing, mode="nearest")(mask)

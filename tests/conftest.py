@@ -19,7 +19,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
     "Six data sets of five phantom patients, 24 voxels a side."
-    from seqtransfer.phantom import write_zoo
+    from seqtransfer.zoo import write_zoo
     return write_zoo(tmp_path_factory.mktemp("phantom") / "zoo", size=24, cases=5)
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 from fastcore.docments import docments
 
 BIN = Path(sys.executable).parent
-ORDER = ["core", "tasks", "datasets", "phantom", "similarity.image", "similarity.label", "affinity", "paths", "networks", "training", "evaluation",
+ORDER = ["core", "tasks", "datasets", "phantom", "zoo", "similarity.image", "similarity.label", "affinity", "paths", "networks", "training", "evaluation",
          "transfer", "engine", "plots", "cli", "all"]
 
 
