@@ -53,7 +53,7 @@ def signature(case,  # a `Case`
     "What one reading of a case leaves; raises `InputError` naming the file when it cannot be read or is constant."
     return _read_image([case], exact, {case})[case]
 
-# %% ../nbs/12_affinity.ipynb #6dd2d1eb
+# %% ../nbs/12_affinity.ipynb #4a64284d
 def signatures(pool,  # the tasks
                cases: int = 10,  # sampled from each
                seed: int = 0,  # of the sample
@@ -63,12 +63,12 @@ def signatures(pool,  # the tasks
     "The signatures of the sampled cases of all tasks; every image is analysed once."
     images, owner = {}, {}
     for case in dict.fromkeys(c for t in pool for c in sample(t, cases, seed, first)):
-        images.setdefault(case.image, []).append(case)
-        owner.setdefault((case.mask, case.labels), case)
+        images.setdefault(case.image_key, []).append(case)
+        owner.setdefault(case.mask_key, case)
     owners = set(owner.values())
     parts = _in_threads(lambda group: _read_image(group, exact, owners), list(images.values()), "reading volumes")
     found = {c: s for part in parts for c, s in part.items()}
-    return {c: (image, found[owner[c.mask, c.labels]][1]) for c, (image, _) in found.items()}
+    return {c: (image, found[owner[c.mask_key]][1]) for c, (image, _) in found.items()}
 
 # %% ../nbs/12_affinity.ipynb #e172d31a
 def case_pairs(a,  # cases of one task
@@ -115,10 +115,10 @@ def _items(cases, key) -> tuple:
     order = {k: i for i, k in enumerate(first)}
     return list(first.values()), {c: order[key(c)] for c in cases}
 
-# %% ../nbs/12_affinity.ipynb #12f01076
+# %% ../nbs/12_affinity.ipynb #6c6d8a44
 def _exact_ica(found: dict, table: dict) -> tuple:
     "Exact distances of the raw scores for the pairs of images in `table`, NaN elsewhere; and the positions."
-    items, position = _items(found, lambda c: c.image)
+    items, position = _items(found, lambda c: c.image_key)
     pairs = sorted({tuple(sorted((position[x], position[y]))) for a, b in table.values() for x, y in zip(a, b)})
     distances = np.full((len(items),) * 2, np.nan)
     scores = [found[c][0].ica for c in items]
@@ -137,7 +137,7 @@ def _quantile_term(found: dict, term: str, key) -> tuple:
     if has: distances[np.ix_(has, has)] = quantile_distance(*[np.stack([rows[i] for i in has])] * 2)
     return distances, position
 
-# %% ../nbs/12_affinity.ipynb #169cc17f
+# %% ../nbs/12_affinity.ipynb #bd3324b7
 def compute_terms(pool,  # tasks, at least two
                   paper: bool = False,  # exact distances and the paper's pairs for `ica` and `oca`
                   cases: int = 10,  # sampled from each task
@@ -152,9 +152,9 @@ def compute_terms(pool,  # tasks, at least two
         if all(found[c][0].fg_z is None for c in chosen):
             raise InputError(f"None of the {len(chosen)} sampled masks of {t.name} holds its label: correct the table of labels, or take the data set out of the folder.")
     ours, theirs = pair_table(samples, False), pair_table(samples, paper)
-    masks, position = _items(found, lambda c: (c.mask, c.labels))
+    masks, position = _items(found, lambda c: c.mask_key)
     oca = ssim_matrix([found[c][1] for c in masks])
-    by_image = lambda c: c.image
+    by_image = lambda c: c.image_key
     ica = _exact_ica(found, theirs) if paper else _quantile_term(found, "ica", by_image)
     n = len(tasks)
     return {"ica": task_means(*ica, theirs, n), "oca": task_means(oca, position, theirs, n, diagonal=1.0),

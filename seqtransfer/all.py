@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/70_all.ipynb #83720383
+# %% ../nbs/70_all.ipynb #648f75d1
 from .affinity import Affinity, affinity
 from .core import InputError
-from .datasets import check_pool, read_pool, task_table
+from .datasets import read_pool, task_table, validate
 from .engine import report, run
 from .paths import TransferPath, best_paths, path_table
-from .zoo import demo_zoo, write_zoo
 from .tasks import Task, TaskPool, protocol
 from .transfer import ARMS, Comparison, Recipe, compare, read_results
+from .zoo import demo_zoo, write_zoo
 
-# %% ../nbs/70_all.ipynb #6b5fe1f4
-__all__ = ["Affinity", "affinity", "InputError", "check_pool", "read_pool", "task_table", "report", "run", "TransferPath", "best_paths", "path_table",
+# %% ../nbs/70_all.ipynb #e72e6a81
+__all__ = ["Affinity", "affinity", "InputError", "read_pool", "task_table", "validate", "report", "run", "TransferPath", "best_paths", "path_table",
            "demo_zoo", "write_zoo", "Task", "TaskPool", "protocol", "ARMS", "Comparison", "Recipe", "compare", "read_results"]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'out_console', 'err_console', 'Data', 'Target', 'Shots', 'Test', 'Seed', 'Mode', 'Sources', 'Top', 'Json',
-           'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths', 'run', 'report', 'main']
+           'Sites', 'Modalities', 'Labels', 'Cases', 'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths',
+           'run', 'report', 'main']
 
 # %% ../nbs/60_cli.ipynb #36aa9438
 import json
@@ -46,8 +47,8 @@ def show_table(frame,  # pandas table
     for row in frame.itertuples(index=False): table.add_row(*map(_cell, row))
     out_console.print(table)
 
-# %% ../nbs/60_cli.ipynb #d7fe06b4
-Data = Annotated[Path, typer.Argument(help="Folder with data sets (nnU-Net v2 raw), or one of them.")]
+# %% ../nbs/60_cli.ipynb #35fba2d3
+Data = Annotated[Path, typer.Argument(help="Folder with data sets, or one of them: FeTS 2022, iSeg-2019, WMH 2017, nnU-Net v2 raw, Medical Segmentation Decathlon, or a manifest.csv.")]
 Target = Annotated[str, typer.Option("--target", "-t", help="Name of the target task; the command [bold]tasks[/bold] lists them.")]
 Shots = Annotated[int, typer.Option(help="Labelled patients of the target.")]
 Test = Annotated[Optional[int], typer.Option("--test", help="Test patients of the target; all others when not given. They are removed from every source.")]
@@ -57,7 +58,27 @@ Sources = Annotated[int, typer.Option(help="Number of sources along the path.")]
 Top = Annotated[int, typer.Option(help="Number of candidate paths to show.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
 
-# %% ../nbs/60_cli.ipynb #d6920411
+# %% ../nbs/60_cli.ipynb #bf0f0783
+Sites = Annotated[Optional[str], typer.Option("--sites", help="Read only these institutions or sites, separated by commas, e.g. 1,4,16.", rich_help_panel="What to read")]
+Modalities = Annotated[Optional[str], typer.Option("--modalities", help="Read only these modalities, e.g. T2,FLAIR.", rich_help_panel="What to read")]
+Labels = Annotated[Optional[str], typer.Option("--labels", help="Read only these labels, e.g. ED,ET.", rich_help_panel="What to read")]
+Cases = Annotated[Optional[int], typer.Option("--cases", min=1, help="Read only the first so many patients of each task.", rich_help_panel="What to read")]
+
+
+def _wanted(sites, modalities, labels, cases) -> dict:
+    "The options of `read_pool` that were given."
+    split = lambda text: [part.strip() for part in text.split(",") if part.strip()] if text else None
+    asked = {"sites": split(sites), "modalities": split(modalities), "labels": split(labels), "cases": cases}
+    return {k: v for k, v in asked.items() if v}
+
+# %% ../nbs/60_cli.ipynb #09413ea4
+def _size(text: str):
+    numbers = text.lower().split("x")
+    if not all(n.isdecimal() for n in numbers) or len(numbers) not in (1, 3):
+        raise InputError(f"--size {text} is no grid: give one number, or three as in 240x240x155.")
+    return int(text) if len(numbers) == 1 else tuple(map(int, numbers))
+
+
 def _version(asked: bool):
     if asked: print(seqtransfer.__version__); raise typer.Exit()
 
@@ -65,37 +86,42 @@ def _version(asked: bool):
 @app.callback()
 def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False): pass
 
-# %% ../nbs/60_cli.ipynb #a6a67d72
+# %% ../nbs/60_cli.ipynb #c0f303da
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
-    like: Annotated[str, typer.Option(help="Layout of the data sets: nnunet.")] = "nnunet",
-    size: Annotated[int, typer.Option(help="Voxels along each axis.")] = 48,
-    cases: Annotated[int, typer.Option(help="Patients in each data set.")] = 8,
+    like: Annotated[str, typer.Option(help="Layout: nnunet (six data sets, 24 tasks), fets2022, iseg2019, wmh2017, or all (these three, 108 tasks).")] = "nnunet",
+    size: Annotated[str, typer.Option(help="Voxels along each axis, or three numbers such as 240x240x155.")] = "48",
+    cases: Annotated[str, typer.Option(help="Patients in each data set, institution or site; [bold]paper[/bold] for as many as the real data sets have there, [bold]paper/10[/bold] for a tenth.")] = "8",
     seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Processes; all cores if there is enough to do when not given.")] = None,
 ):
-    "Write a zoo of phantom brain-MRI data sets, to try everything on."
+    "Write a zoo of phantom brain-MRI data sets, to try everything on; interrupted, the same command goes on."
     from seqtransfer.zoo import write_zoo
-    folder = write_zoo(out, like, size, cases, seed)
-    print(f"{folder} holds {len(list(folder.glob('Dataset*')))} data sets; list their tasks with: seqtransfer tasks {folder}")
+    folder = write_zoo(out, like, _size(size), cases, seed, jobs)
+    print(f"{folder} is complete; list its tasks with: seqtransfer tasks {folder}")
 
-# %% ../nbs/60_cli.ipynb #70151987
+# %% ../nbs/60_cli.ipynb #11254d53
 @app.command()
 def tasks(
     data: Data,
-    check: Annotated[bool, typer.Option("--check", help="Read every voxel: damaged files, other grids, NaN, missing labels, label volumes.")] = False,
-    as_json: Json = False,
+    check: Annotated[bool, typer.Option("--check", help="Read every voxel: damaged files, other grids, NaN, label values, empty masks, one patient in several tasks; label volumes.")] = False,
+    target: Annotated[Optional[str], typer.Option("--target", "-t", help="With --check: also look for a patient on both sides of this target's split.")] = None,
+    shots: Shots = 3, test: Test = None, seed: Seed = 0, as_json: Json = False,
+    sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "List the tasks of a folder; with [bold]--check[/bold], look for what is wrong with them."
-    from seqtransfer.datasets import check_pool, read_pool, task_table
-    pool = read_pool(data)
+    from seqtransfer.datasets import read_pool, task_table, validate
+    pool = read_pool(data, **_wanted(sites, modalities, labels, cases))
     for name, why in pool.skipped: err_console.print(f"skipped {name}: {why}", markup=False, highlight=False)
-    table, problems = check_pool(pool) if check else (task_table(pool), [])
+    found = validate(pool, target, shots, seed, test) if check else None
+    table = found.tasks if check else task_table(pool)
     show_table(table, f"{len(pool)} tasks in {data}; shape (voxels) and spacing (mm) of the first case", as_json)
-    for p in problems: err_console.print(f"problem: {p}", markup=False, highlight=False)
-    if problems: raise typer.Exit(1)
+    if not check: return
+    for p in found.problems.itertuples(): err_console.print(f"{p.severity}: {p.kind}: {p.problem}", markup=False, highlight=False)
+    if not found.ok: raise typer.Exit(1)
 
-# %% ../nbs/60_cli.ipynb #526ae0de
+# %% ../nbs/60_cli.ipynb #3e991e8a
 @app.command()
 def affinity(
     data: Data,
@@ -103,6 +129,7 @@ def affinity(
     shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
     out: Annotated[Path, typer.Option(help="CSV file to write, one row per ordered pair; a heatmap is drawn beside it (.png).")] = Path("affinity.csv"),
     as_json: Json = False,
+    sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "Compute how near the tasks of a folder are to each other."
     import matplotlib; matplotlib.use("Agg")
@@ -110,26 +137,27 @@ def affinity(
     from seqtransfer.datasets import read_pool
     if out.suffix != ".csv": raise InputError(f"The table is a CSV file, and {out} does not end in .csv: give another name.")
     writable(out.absolute().parent)
-    a = module.affinity(read_pool(data), mode=mode, target=target, shots=shots, seed=seed, test=test)
+    a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test)
     a.save(out)
     with replacing(out.with_suffix(".png")) as part: plots.affinity_heatmap(a).figure.savefig(part, bbox_inches="tight", dpi=110)
     show_table(a.frame().sort_values("Distance").head(len(a.names)) if not as_json else a.frame(), f"The {len(a.names)} nearest of {len(a.frame())} ordered pairs", as_json)
     err_console.print(f"wrote {out} and {out.with_suffix('.png')}", markup=False, highlight=False)
 
-# %% ../nbs/60_cli.ipynb #0141cdf1
+# %% ../nbs/60_cli.ipynb #2d359884
 @app.command()
 def paths(
     data: Data, target: Target,
     sources: Sources = 2, top: Top = 5, shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
     csv: Annotated[Optional[Path], typer.Option(help="Also write the table to this CSV file.")] = None,
     as_json: Json = False,
+    sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "Find the best source sequences for a target, and the best direct source beside them."
     import pandas as pd
     from seqtransfer import affinity as module
     from seqtransfer.datasets import read_pool
     from seqtransfer.paths import best_paths, path_table
-    a = module.affinity(read_pool(data), mode=mode, target=target, shots=shots, seed=seed, test=test)
+    a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test)
     wanted = [(sources, top)] + ([(1, 1)] if sources > 1 else [])  # the best direct source stands beside the sequences
     table = pd.concat([path_table(best_paths(a, target, sources=n, top=k)) for n, k in wanted], ignore_index=True)
     if csv:
@@ -170,7 +198,7 @@ def _finish(out: Path, as_json: bool):
     for kind, pattern in (("notebooks", "notebooks/[!.]*.ipynb"), ("figures", "figures/*.png"), ("tables", "*.csv"), ("report", "report.html")):
         print(f"{kind}:", *sorted(str(p) for p in out.glob(pattern)), sep="\n  ")
 
-# %% ../nbs/60_cli.ipynb #e4c1e998
+# %% ../nbs/60_cli.ipynb #2044f123
 @app.command()
 def run(
     data: Data, target: Target,
@@ -181,12 +209,13 @@ def run(
     target_steps: Annotated[int, typer.Option(help="Optimiser steps on the target.")] = 100,
     target_lr: Annotated[float, typer.Option(help="Initial learning rate on the target from trained weights; fresh weights start at 0.005.")] = 5e-4,
     as_json: Json = False,
+    sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "Choose a path, train it, and compare it with direct transfer and training from scratch."
     from seqtransfer import engine
     from seqtransfer.transfer import Recipe
     with _Shown() as show:
-        result = engine.run(data, target, out, tuple(filter(None, arms.replace(" ", "").split(","))), sources, shots, test, seed, mode, Recipe(steps, target_steps, target_lr=target_lr), show)
+        result = engine.run(data, target, out, tuple(filter(None, arms.replace(" ", "").split(","))), sources, shots, test, seed, mode, Recipe(steps, target_steps, target_lr=target_lr), _wanted(sites, modalities, labels, cases), show)
     _finish(out, as_json)
     for arm, why in result.failures.items(): err_console.print(f"failed: {arm}: {why}", markup=False, highlight=False)
     if result.failures: raise typer.Exit(1)

@@ -6,7 +6,7 @@
 __all__ = ['FETS_SOURCES', 'READERS', 'read_fets', 'read_iseg', 'read_wmh', 'read_nnunet', 'read_msd', 'read_manifest',
            'read_pool', 'task_table', 'Validation', 'validate']
 
-# %% ../nbs/01_datasets.ipynb #9be7b9f8
+# %% ../nbs/01_datasets.ipynb #f5093f93
 import csv
 import hashlib
 import io
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, nearest, progress, read_json
-from .tasks import Case, Task, TaskPool, covers, open_volume, protocol, read_labels, same_grid, slug, spacing_of, task_name, unread_format
+from .tasks import Case, Task, TaskPool, covers, open_volume, protocol, read_labels, same_grid, slug, spacing_of, task_name, unread_format, voxel_file
 
 # %% ../nbs/01_datasets.ipynb #5b7f32e6
 def _natural(name: str) -> tuple:
@@ -71,7 +71,7 @@ def _tasks(rows, values: tuple = ()) -> tuple:
     for *parts, case in rows: cases.setdefault(tuple(parts), []).append(case)
     return tuple(Task(task_name(*parts), *(slug(p) if p else "" for p in parts), tuple(found), values) for parts, found in cases.items())
 
-# %% ../nbs/01_datasets.ipynb #b797f4ae
+# %% ../nbs/01_datasets.ipynb #a82e8631
 def _key(text) -> str:
     "How names are compared."
     try: key = slug(text).lower()
@@ -81,16 +81,17 @@ def _key(text) -> str:
 
 def _chosen(asked, names: list, what: str) -> set:
     "The names that are asked for; raises `InputError` with the nearest for one that is not there."
-    out = set()
+    out, last = set(), lambda n: n.partition("_")[2] if what == "site" else ""
     for one in [asked] if isinstance(asked, (str, Integral)) else asked:
-        exact = {n for n in names if _key(n) == _key(one)}
-        last = {n for n in names if what == "site" and n.partition("_")[2] and _key(n.partition("_")[2]) == _key(one)}
-        if not exact | last:
-            raise InputError(f"There is no {what} {str(one)!r} here: try {' or '.join(nearest(str(one), names)) or 'one of ' + ', '.join(filter(None, names))}.")
-        out |= exact or last
+        found = {n for n in names if _key(n) == _key(one)} or {n for n in names if last(n) and _key(last(n)) == _key(one)}
+        if not found:
+            named = [n for n in names if n]
+            way = f"try {' or '.join(nearest(str(one), named)) or 'one of ' + ', '.join(named)}" if named else "leave the option out, there is only one"
+            raise InputError(f"There is no {what} {str(one)!r} here: {way}.")
+        out |= found
     return out
 
-# %% ../nbs/01_datasets.ipynb #c827be93
+# %% ../nbs/01_datasets.ipynb #fbb8da95
 def _select(tasks, sites=None, modalities=None, labels=None, cases=None) -> list:
     "The tasks that are asked for, each with its first `cases` patients; raises `InputError` for a name that is not there, or when nothing is left."
     if cases is not None and (not isinstance(cases, Integral) or cases < 1):
@@ -100,7 +101,9 @@ def _select(tasks, sites=None, modalities=None, labels=None, cases=None) -> list
         if asked is None: continue
         names = _chosen(asked, list(dict.fromkeys(getattr(t, what) for t in tasks)), what)
         kept = [t for t in kept if getattr(t, what) in names]
-    if not kept: raise InputError(f"No task has all of sites={sites}, modalities={modalities}, labels={labels}, though some have each: ask for less, {tasks[0].name} is one task.")
+    if not kept:
+        options = ", ".join(f"{k}={v!r}" for k, v in (("sites", sites), ("modalities", modalities), ("labels", labels)) if v is not None)
+        raise InputError(f"No task has {options} together: leave one of them out, {tasks[0].name} is one of the {len(tasks)} tasks there are.")
     return kept if cases is None else [_first(t, cases) for t in kept]
 
 
@@ -108,12 +111,8 @@ def _first(task: Task, n: int) -> Task:
     patients = set(list(dict.fromkeys(c.patient for c in task.cases))[:n])
     return replace(task, cases=tuple(c for c in task.cases if c.patient in patients))
 
-# %% ../nbs/01_datasets.ipynb #e85f0a2c
+# %% ../nbs/01_datasets.ipynb #815643a6
 _READ = (".nii.gz", ".nii", ".hdr", ".img")  # the usual formats, of which nothing more needs to be asked
-
-
-def _needed(case: Case) -> list:
-    return [f for file in (case.image, case.mask) for f in ((file, file.with_suffix(".img")) if file.suffix == ".hdr" else (file,))]
 
 
 def _refuse(tasks, files):
@@ -127,16 +126,16 @@ def _refuse(tasks, files):
         twice = [p for p, n in Counter(c.patient for c in t.cases).items() if n > 1]
         if twice: raise InputError(f"The patient {twice[0]} is twice in {t.name}, with the image {t.cases[0].image}: take one of the two out.")
         for case in t.cases:
-            for file in _needed(case):
+            for file in case.files:
                 if not file.name.endswith(_READ) and (why := unread_format(file)): raise InputError(f"{file} {why}")
                 if file not in files: raise InputError(f"The file {file} of {case.patient} is missing: restore it, or take that patient out of the data set.")
 
-# %% ../nbs/01_datasets.ipynb #4154a1d8
+# %% ../nbs/01_datasets.ipynb #0105c0d7
 def _pooled(root: Path, listings, skipped=(), **wanted) -> TaskPool:
     "The tasks that are wanted of all listings; raises `InputError` when there is none, or whatever `_select` and `_refuse` raise."
     listings = list(listings)
     tasks = [t for x in listings for t in x]
-    passed = [(str(p.relative_to(root)) if p != root else p.name, why) for p, why in (*skipped, *(s for x in listings for s in x.skipped))]
+    passed = [(str(p.relative_to(root)) if p != root else root.name, why) for p, why in (*skipped, *(s for x in listings for s in x.skipped))]
     if not tasks:
         said = "; ".join(f"{where}: {why}" for where, why in passed) or "there is no case in it"
         raise InputError(f"{root} holds no case with a label ({said}): give the folder of a data set that has labels.")
@@ -144,7 +143,7 @@ def _pooled(root: Path, listings, skipped=(), **wanted) -> TaskPool:
     _refuse(tasks, frozenset().union(*(x.files for x in listings)))
     return TaskPool(tuple(tasks), tuple(passed))
 
-# %% ../nbs/01_datasets.ipynb #36f1a827
+# %% ../nbs/01_datasets.ipynb #a91b95ba
 def _search(folder: Path, known, depth: int = 3) -> tuple:
     "What `known(folder, entries)` says of data sets at most `depth` folders down, as (folder, answer), and the folders in which there is none."
     names = _entries(folder)
@@ -161,7 +160,7 @@ def _search(folder: Path, known, depth: int = 3) -> tuple:
 
 def _folder(path) -> Path:
     if not Path(path).is_dir(): raise InputError(f"There is no folder {path}: give the folder that holds your data sets.")
-    return Path(path)
+    return Path(path) if Path(path).name.strip(".") else Path(path).resolve()  # a data set is called by its folder, which `.` does not say
 
 
 def _read(folder, known, listing, *wanted, **how) -> TaskPool:
@@ -209,15 +208,15 @@ def _partition(file: Path) -> dict:
             raise InputError(f"{file}, row {row}: {subject} is in institution {out[subject]} and in {text}: keep one of the two rows.")
     return out
 
-# %% ../nbs/01_datasets.ipynb #6eb1f26c
+# %% ../nbs/01_datasets.ipynb #4c052525
 def _list_fets(folder: Path, partition: str = "partitioning_1.csv") -> _Listing:
     names = _entries(folder)
     subjects = [n for n in _folders(names) if _FETS_SUBJECT.fullmatch(n)]
     files = frozenset().union(*(_files(folder / p) for p in subjects))
     if not (folder / partition).is_file():
         if subjects and not any("_seg." in f.name for f in files):
-            return _Listing((), ((folder, f"its {len(subjects)} subjects have no labels such as {folder / subjects[0] / subjects[0]}_seg.nii.gz, "
-                                          f"and there is no table {folder / partition}"),))
+            return _Listing((), ((folder, f"no labels such as {folder / subjects[0] / subjects[0]}_seg.nii.gz for any of its subjects "
+                                          f"({len(subjects)}), and no table {folder / partition}"),))
         raise InputError(f"There is no partition table {folder / partition}, which says what institution a subject is from: put it beside the subjects' folders.")
     sites = _partition(folder / partition)
     here = {p: sites[p] for p in subjects if sites.get(p, -1) >= 0}
@@ -231,7 +230,8 @@ def _fets_skipped(folder, partition, sites, subjects, names):
     labelled = [p for p, site in sites.items() if site >= 0]
     away = sorted(set(labelled) - set(subjects))
     if away: yield folder, f"{len(away)} of the {len(labelled)} subjects of {partition} have no folder here: {_some(away)}"
-    for which, why in (([p for p in subjects if p not in sites], f"not in {partition}"), ([p for p in subjects if sites.get(p, 0) < 0], "unlabelled, of institution -1")):
+    unknown, unlabelled = [p for p in subjects if p not in sites], [p for p in subjects if sites.get(p, 0) < 0]
+    for which, why in ((unknown, f"not in {partition}"), (unlabelled, "unlabelled, of institution -1")):
         if which: yield folder / which[0], why + (f", as are {len(which) - 1} other subjects: {_some(which[1:])}" if which[1:] else "")
     for n in _folders(names):
         if n not in subjects: yield folder / n, "no subject of FeTS 2022"
@@ -247,7 +247,7 @@ def read_fets(folder,  # `MICCAI_FeTS2022_TrainingData`, or a folder above it
     "The tasks of FeTS 2022; raises `InputError` for no partition table, a missing file, or an option that is not there."
     return _read(folder, _is_fets, _list_fets, institutions, modalities, labels, cases, partition=partition)
 
-# %% ../nbs/01_datasets.ipynb #b6b4c4cc
+# %% ../nbs/01_datasets.ipynb #db6f4789
 _ISEG = re.compile(r"(subject-\d+)-(T1|T2|label)\.(hdr|img|nii|nii\.gz)")
 _ISEG_LABELS = {"CSF": 10, "GM": 150, "WM": 250}
 
@@ -262,12 +262,12 @@ def _list_iseg(folder: Path) -> _Listing:
     endings = sorted((".hdr", ".nii.gz", ".nii"), key=lambda end: not any(n.endswith(end) for n in names))  # a missing file is called as its neighbours are
     at = {(p, m): _at(folder, f"{p}-{m}", files, endings) for p in subjects for m in ("T1", "T2", "label")}
     if subjects and not any(m[2] == "label" for m in found):
-        return _Listing((), ((folder, f"its {len(subjects)} subjects have no labels such as {at[subjects[0], 'label']}"),))
+        return _Listing((), ((folder, f"no labels such as {at[subjects[0], 'label']} for any of its subjects ({len(subjects)})"),))
     rows = (("iseg", "", modality, label, Case(f"iseg/{p}", at[p, modality], at[p, "label"], (value,)))
             for modality in ("T1", "T2") for label, value in _ISEG_LABELS.items() for p in subjects)
     return _Listing(_tasks(rows, tuple(_ISEG_LABELS.values())), tuple((folder / n, "no subject of iSeg-2019") for n in _folders(names)), files)
 
-
+# %% ../nbs/01_datasets.ipynb #a7c92202
 def read_iseg(folder,  # `iSeg-2019-Training`, or a folder above it
               modalities=None,  # of `T1`, `T2`; all when None
               labels=None,  # of `CSF`, `GM`, `WM`; all when None
@@ -304,7 +304,7 @@ def _is_wmh(folder: Path, names: dict) -> bool:
     first = (base / n for _, _, base in _wmh_sites(folder, names)[0] for n in _folders(_entries(base))[:1])
     return any({"pre", "orig", "wmh.nii.gz", "wmh.nii"} & _entries(subject).keys() for subject in first)
 
-# %% ../nbs/01_datasets.ipynb #61447f01
+# %% ../nbs/01_datasets.ipynb #5981e658
 def _list_wmh(folder: Path, images: str = "pre") -> _Listing:
     sites, others = _wmh_sites(folder, _entries(folder))
     files, rows = set(), []
@@ -313,10 +313,9 @@ def _list_wmh(folder: Path, images: str = "pre") -> _Listing:
             files |= _files(base / n) | _files(base / n / images)
             patient, mask = "/".join(filter(None, ("wmh", part, site, n))), _at(base / n, "wmh", files)
             rows += [("wmh", site, m, "WMH", Case(patient, _at(base / n / images, m, files), mask, (1,), (2,))) for m in ("FLAIR", "T1")]
-    tasks = sorted(_tasks(rows, (1, 2)), key=lambda t: list(_WMH_SITES.values()).index(t.site))
-    return _Listing(tuple(tasks), tuple((p, "no site of WMH 2017") for p in others), frozenset(files))
+    return _Listing(_tasks(rows, (1, 2)), tuple((p, "no site of WMH 2017") for p in others), frozenset(files))
 
-
+# %% ../nbs/01_datasets.ipynb #f36dfd11
 def read_wmh(folder,  # the folder of `training` and `test`, one of the two, or a folder above
              sites=None,  # such as `Utrecht`, `Amsterdam_GE3T` or `GE3T`; all when None
              modalities=None,  # of `FLAIR`, `T1`; both when None
@@ -327,57 +326,61 @@ def read_wmh(folder,  # the folder of `training` and `test`, one of the two, or 
     "The tasks of WMH 2017; raises `InputError` for a missing file (a subject without labels too) or an option that is not there."
     if images not in ("pre", "orig"): raise InputError(f"WMH 2017 in {folder} has no images {images!r}: take 'pre' or 'orig'.")
     if modalities is not None and "3dt1" in map(_key, [modalities] if isinstance(modalities, str) else modalities):
-        raise InputError(f"The 3DT1 in {folder} is on another grid than the labels and not registered to them by its header: take T1, which is the same scan, registered.")
+        raise InputError(f"The 3DT1 in {folder} is on another grid than the labels and not registered to them by its header: "
+                         "take T1, which is the same scan, registered.")
     return _read(folder, _is_wmh, _list_wmh, sites, modalities, labels, cases, images=images)
 
-# %% ../nbs/01_datasets.ipynb #db548a96
+# %% ../nbs/01_datasets.ipynb #841f6217
 def _values(value) -> tuple:
     "The values of one label: a whole number, or a list of them for a region."
     out = tuple(int(str(v)) for v in (value if isinstance(value, (list, tuple)) else [value]))  # int alone would cut 1.5
-    if not out: raise ValueError("an empty list")
+    if not out or len(out) > 1 and 0 in out: raise ValueError("a region that is empty or holds the background 0")
     return out
+
+
+def _word(name) -> str:
+    if not isinstance(name, str): raise TypeError(f"{name!r} is no name")
+    return slug(name)
 
 
 def _described(folder: Path) -> dict:
     "What `dataset.json` says; raises `InputError` naming what is missing or wrong in it."
     file = folder / "dataset.json"
     info = read_json(file)
-    lacking = [k for k in ("channel_names", "labels", "file_ending") if not isinstance(info, dict) or k not in info]
+    lacking = [k for k in ("channel_names", "labels", "file_ending") if not isinstance(info, dict) or not info.get(k)]
     if lacking: raise InputError(f"{file} has no {' and no '.join(lacking)}: complete it as nnU-Net v2 describes.")
     try:
-        for channel in info["channel_names"]: int(channel)
-        for value in info["labels"].values(): _values(value)
+        for channel, name in info["channel_names"].items(): int(channel), _word(name)
+        for name, value in info["labels"].items(): _word(name), _values(value)
     except (AttributeError, TypeError, ValueError) as e:
         raise InputError(f'{file} must have channel_names like {{"0": "T1"}} and labels like {{"lesion": 1}} ({e}): correct it.') from e
-    end = info["file_ending"]
-    if not isinstance(end, str) or not end: raise InputError(f"{file} has the file_ending {end!r}: write one such as .nii.gz.")
-    why = unread_format(folder / "imagesTr" / f"FILE{end}")
-    if why: raise InputError(f"The file_ending {end} in {file} {why}")
+    why = unread_format(folder / "imagesTr" / f"FILE{info['file_ending']}")
+    if why: raise InputError(f"The file_ending {info['file_ending']} in {file} {why}")
     return info
 
-# %% ../nbs/01_datasets.ipynb #de1f9a3e
+# %% ../nbs/01_datasets.ipynb #36a4719a
 def _is_nnunet(folder: Path, names: dict) -> bool:
     return bool(names.get("labelsTr")) and ("dataset.json" in names or bool(names.get("imagesTr"))) and not _is_msd(folder, names)
 
 
 def _list_nnunet(folder: Path) -> _Listing:
     info = _described(folder)
-    end, name = info["file_ending"], re.sub(r"^Dataset\d+_", "", folder.name)
-    files = _files(folder / "imagesTr") | _files(folder / "labelsTr")
-    inside = lambda sub: [f.name.removesuffix(end) for f in files if f.parent.name == sub and f.name.endswith(end)]
-    images = {n: re.fullmatch(r"(.+)_\d{4}", n) for n in inside("imagesTr")}
-    cases = sorted({*inside("labelsTr"), *(m[1] for m in images.values() if m)}, key=_natural)  # an image without a label map is refused, not passed over
+    end, name, xs, ys = str(info["file_ending"]), re.sub(r"^Dataset\d+_", "", folder.name), folder / "imagesTr", folder / "labelsTr"
+    files = _files(xs) | _files(ys)
+    inside = lambda sub: [f.name.removesuffix(end) for f in files if f.parent == sub and f.name.endswith(end)]
+    images = {n: re.fullmatch(r"(.+)_\d{4}", n) for n in inside(xs)}
+    cases = sorted({*inside(ys), *(m[1] for m in images.values() if m)}, key=_natural)  # an image without a label map is refused, not passed over
     if not cases: raise InputError(f"{folder} has no labels labelsTr/*{end}: check file_ending in its dataset.json.")
     labels = {k: v for k, v in ((k, _values(v)) for k, v in info["labels"].items()) if v != (0,)}
     ignore = labels.pop("ignore", ())
     if not labels: raise InputError(f"{folder / 'dataset.json'} names no label but background: add the labels that the masks hold.")
-    rows = ((name, "", modality, label, Case(f"{folder.name}/{c}", folder / "imagesTr" / f"{c}_{int(channel):04d}{end}", folder / "labelsTr" / f"{c}{end}", values, ignore))
+    rows = ((name, "", modality, label, Case(f"{folder.name}/{c}", xs / f"{c}_{int(channel):04d}{end}", ys / f"{c}{end}", values, ignore))
             for channel, modality in info["channel_names"].items() for label, values in labels.items() for c in cases)
     odd = sorted(n for n, m in images.items() if not m)
-    skipped = ((folder / "imagesTr" / f"{odd[0]}{end}", f"without the number of a channel, as {len(odd)} files are"),) if odd else ()
+    skipped = ((xs / f"{odd[0]}{end}", f"without the number of a channel, as {len(odd)} files are"),) if odd else ()
     return _Listing(_tasks(rows, tuple(sorted({v for vs in (*labels.values(), ignore) for v in vs} - {0}))), skipped, files)
 
-
+# %% ../nbs/01_datasets.ipynb #3e21a424
 def read_nnunet(folder,  # one `DatasetXXX_Name`, or a folder above it
                 modalities=None,  # of the channels' names; all when None
                 labels=None,  # of the labels' names; all when None
@@ -394,13 +397,15 @@ def _is_msd(folder: Path, names: dict) -> bool:
     except InputError: return False
     return isinstance(info, dict) and "training" in info and "channel_names" not in info
 
-# %% ../nbs/01_datasets.ipynb #517ae47f
+# %% ../nbs/01_datasets.ipynb #f25afcef
 def _inside(file: Path, entry, key: str) -> Path:
     "The path that an entry of `training` gives for its image or label; raises `InputError` when it leads out of the folder."
     text = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(text, str) or not text: raise InputError(f'{file} lists {str(entry)[:80]} in training: every entry must be like {{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}}.')
+    if not isinstance(text, str) or not text:
+        raise InputError(f'{file} lists {str(entry)[:80]} in training: every entry must be like {{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}}.')
     path = PurePosixPath(text.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in text: raise InputError(f"{file} lists {text}, which leads out of its folder: put the file inside and correct the entry.")
+    if path.is_absolute() or ".." in path.parts or ":" in text:
+        raise InputError(f"{file} lists {text}, which leads out of its folder: put the file inside and correct the entry.")
     return file.parent / path
 
 
@@ -409,15 +414,18 @@ def _decathlon(folder: Path) -> tuple:
     file = folder / "dataset.json"
     info = read_json(file)
     try:
-        modalities = [info["modality"][k] for k in sorted(info["modality"], key=int)]
+        modalities = [name for _, name in sorted(info["modality"].items(), key=lambda item: int(item[0]))]
         labels = {name: int(value) for value, name in info["labels"].items() if int(value)}
+        for name in (*modalities, *labels): _word(name)
         entries = list(info["training"])
+        if len({*info["labels"].values()}) < len(info["labels"]): raise ValueError("two labels of one name")
+        if not (modalities and labels and entries): raise ValueError("one of them is empty")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise InputError(f'{file} must have modality like {{"0": "FLAIR"}}, labels like {{"1": "edema"}} and training ({type(e).__name__}: {e}): correct it.') from e
     pairs = [(_inside(file, e, "image"), _inside(file, e, "label")) for e in entries]
     return modalities, labels, [p for p in pairs if not any(f.name.startswith(".") for f in p)]
 
-# %% ../nbs/01_datasets.ipynb #fd74e0dd
+# %% ../nbs/01_datasets.ipynb #6ecc8879
 def _list_msd(folder: Path) -> _Listing:
     modalities, labels, pairs = _decathlon(folder)
     name = re.sub(r"^Task\d+_", "", folder.name)
@@ -435,7 +443,7 @@ def _list_msd(folder: Path) -> _Listing:
     skipped = tuple((f, "not listed in dataset.json") for f in odd[:1]) if len(odd) < 2 else ((odd[0], f"not listed in dataset.json, as {len(odd)} label maps are"),)
     return _Listing(_tasks(rows, tuple(sorted(labels.values()))), skipped, files)
 
-
+# %% ../nbs/01_datasets.ipynb #8f16ff97
 def read_msd(folder,  # one `TaskXX_Name`, or a folder above it
              modalities=None,  # of the names in its description; all when None
              labels=None,  # of the names in its description; all when None
@@ -444,15 +452,17 @@ def read_msd(folder,  # one `TaskXX_Name`, or a folder above it
     "The tasks of Medical Segmentation Decathlon data sets; raises `InputError` for an incomplete description, a missing file, or a path that leads out."
     return _read(folder, _is_msd, _list_msd, None, modalities, labels, cases)
 
-# %% ../nbs/01_datasets.ipynb #44145554
+# %% ../nbs/01_datasets.ipynb #72e80f48
 _COLUMNS = ("patient", "image", "mask", "modality", "site", "label")
 
 
 def _manifest_row(file: Path, row: int, cells: dict, present) -> tuple:
-    "One row as (data set or nothing, site, modality, label, patient, image, mask, values, ignored)."
+    "One row as (data set, site, modality, label, patient, image, mask, values, ignored)."
     refuse = lambda why, how: InputError(f"{file}, row {row}: {why}: {how}.")
     for column in _COLUMNS:
         if not cells[column] and column != "site": raise refuse(f"the cell {column} is empty", "fill it in")
+    for column in ("dataset", "site", "modality", "label"):
+        if cells[column] and not re.search("[A-Za-z0-9]", cells[column]): raise refuse(f"the {column} {cells[column]!r} has no letter or digit", "rename it")
     paths = []
     for column in ("image", "mask"):
         path = file.parent / cells[column]
@@ -461,27 +471,29 @@ def _manifest_row(file: Path, row: int, cells: dict, present) -> tuple:
     values = {}
     for column in ("value", "ignore"):
         text = cells.get(column, "")
-        if not re.fullmatch(r"(-?[1-9]\d*(\s*\+\s*-?[1-9]\d*)*)?", text): raise refuse(f"the {column} {text!r} is not understood", "write whole numbers other than 0, such as 1 or 1+2")
+        if not re.fullmatch(r"(-?[1-9]\d*(\s*\+\s*-?[1-9]\d*)*)?", text):
+            raise refuse(f"the {column} {text!r} is not understood", "write whole numbers other than 0, such as 1 or 1+2")
         values[column] = tuple(int(v) for v in text.split("+") if v)
-    return cells.get("dataset", ""), cells["site"], cells["modality"], cells["label"], cells["patient"], *paths, values["value"], values["ignore"]
+    return cells["dataset"], cells["site"], cells["modality"], cells["label"], cells["patient"], *paths, values["value"], values["ignore"]
 
-# %% ../nbs/01_datasets.ipynb #4d37be9a
+# %% ../nbs/01_datasets.ipynb #570e104a
 def _list_manifest(file: Path) -> _Listing:
     file = file / "manifest.csv" if file.is_dir() else file
     head, table = _table(file, _COLUMNS)
-    here = slug(file.absolute().parent.name if file.stem.lower() == "manifest" else file.stem)
+    here = file.absolute().parent.name if file.stem.lower() == "manifest" else file.stem
     present, seen, rows = cache(_files), {}, []
     for n, cells in table:
+        cells["dataset"] = cells.get("dataset") or here
         dataset, site, modality, label, patient, image, mask, values, ignore = _manifest_row(file, n, cells, present)
         key = patient, *(_key(x) for x in (dataset, site, modality, label))
         if seen.setdefault(key, n) != n:
             raise InputError(f"{file}, row {n}: {patient} with {modality} and {label} is in row {seen[key]} already: take one of the two out.")
-        rows.append((dataset or here, site, modality, label, Case(f"{here}/{patient}", image, mask, values, ignore)))
-    files = frozenset().union(*(present(f.parent) for row in rows for f in _needed(row[-1])))
+        rows.append((dataset, site, modality, label, Case(f"{here}/{patient}", image, mask, values, ignore)))
+    files = frozenset().union(*(present(f.parent) for row in rows for f in row[-1].files))
     odd = [c for c in head if c and c not in (*_COLUMNS, "value", "ignore", "dataset")]
     return _Listing(_tasks(rows), ((file, f"its columns {', '.join(odd)} are not known"),) if odd else (), files)
 
-
+# %% ../nbs/01_datasets.ipynb #38621ed6
 def read_manifest(file,  # a CSV file, or a folder with a `manifest.csv`
                   sites=None,  # of the column `site`; all when None
                   modalities=None,  # of the column `modality`; all when None
@@ -515,21 +527,21 @@ def _unread(folder: Path, depth: int = 3) -> str:
         if why: return f"{file} {why}"
     return next(filter(None, (_unread(folder / n, depth - 1) for n in _folders(names))), "") if depth else ""
 
-# %% ../nbs/01_datasets.ipynb #cdff4ef5
+# %% ../nbs/01_datasets.ipynb #2e325dba
 def read_pool(folder,  # a data set, a folder that holds several up to three levels down, or the CSV file of a manifest
               sites=None,  # names of institutions or sites in any of the data sets; all when None
               modalities=None,  # names of modalities; all when None
               labels=None,  # names of labels; all when None
               cases=None,  # the first so many patients of each task; all when None
              ) -> TaskPool:  # every task found; `skipped` names what was passed over and why
-    "Reads the tasks below `folder` without opening a volume; raises `InputError` for no data set, two tasks of one name, a missing file, or an option that is not there."
+    "Reads the tasks below `folder` without opening a volume; raises `InputError` for no data set, two tasks of one name, a missing file, an unknown option."
     if Path(folder).is_file() and Path(folder).suffix.lower() == ".csv": return read_manifest(folder, sites, modalities, labels, cases)
     root = _folder(folder)
     found, without = _search(root, _layouts)
     known = f"in a layout that is known ({', '.join(READERS)})"
     if not found:
-        unread = _unread(root)
-        raise InputError(f"{root} holds no data set {known}: " + (unread or f"give the folder that holds your data sets, or describe them in {root / 'manifest.csv'}."))
+        way = _unread(root) or f"give the folder that holds your data sets, or describe them in {root / 'manifest.csv'}."
+        raise InputError(f"{root} holds no data set {known}: {way}")
     skipped = [(sub, f"not {known}" + (f"; {unread}" if (unread := _unread(sub)) else "")) for sub in without]
     skipped += [(sub / "manifest.csv", f"its folder is read as {kinds[0]}") for sub, kinds in found if len(kinds) > 1]
     return _pooled(root, [READERS[kinds[0]][1](sub) for sub, kinds in found], skipped, sites=sites, modalities=modalities, labels=labels, cases=cases)
@@ -545,7 +557,7 @@ def task_table(pool: TaskPool,  # what `read_pool` returned
     return pd.DataFrame([{"task": t.name, "site": t.site, "modality": t.modality, "label": t.label, "patients": len(t.patients), **grid(t.cases[0].mask)}
                          for t in progress(pool.tasks, "reading headers")])
 
-# %% ../nbs/01_datasets.ipynb #783531e9
+# %% ../nbs/01_datasets.ipynb #ff513c9b
 def _voxels(path: Path) -> tuple:
     "(all voxels of a file or None, what is wrong with them as [(kind, sentence)])."
     try:
@@ -553,7 +565,7 @@ def _voxels(path: Path) -> tuple:
         if x.dtype.kind not in "iufb": raise ValueError(f"they are {x.dtype}")
         bad = x.size - np.count_nonzero(np.isfinite(x)) if x.dtype.kind == "f" else 0
     except Exception as e:  # what a damaged file makes nibabel, gzip and numpy raise is no closed list
-        return None, [("file", f"The voxels of {path} cannot be read ({e}): it is cut short or damaged, restore it.")]
+        return None, [("file", f"The voxels of {path} cannot be read ({' '.join(str(e).split())}): it is cut short or damaged, restore it.")]
     return x, [("NaN", f"{path} holds {bad} voxels that are NaN or infinite: replace them or take the case out of the data set.")] if bad else []
 
 
@@ -563,7 +575,7 @@ def _check_image(path: Path, channels) -> tuple:
     except InputError as e: return {}, [("file", str(e))]
     return opened, _voxels(path)[1]
 
-
+# %% ../nbs/01_datasets.ipynb #276d61da
 def _check_mask(path: Path, allowed: tuple) -> tuple:
     "(opened volume or None, {value: number of voxels} or None, problems) of a label map that may hold `allowed`."
     try: opened = open_volume(path)
@@ -575,10 +587,12 @@ def _check_mask(path: Path, allowed: tuple) -> tuple:
     odd = some[np.abs(some - np.rint(some)) > 1e-3] if some.dtype.kind == "f" else some[:0]
     strange = [int(v) for v in held if allowed and v and v not in allowed]
     if odd.size: problems = [("label values", f"{path} holds {odd[0]:g} and a label map holds whole numbers: write it anew.")]
-    elif strange: problems = [("label values", f"{path} holds {_some(map(str, strange))} besides 0 and the declared {', '.join(map(str, allowed))}: correct the file or the table of labels.")]
+    elif strange:
+        declared = ", ".join(map(str, allowed))
+        problems = [("label values", f"{path} holds {_some(map(str, strange))} besides 0 and the declared {declared}: correct the file or the table of labels.")]
     return opened, {int(v): int(n) for v, n in zip(held, counts) if v}, problems
 
-# %% ../nbs/01_datasets.ipynb #3fb157b2
+# %% ../nbs/01_datasets.ipynb #f8efe590
 def _check_files(pool: TaskPool) -> tuple:
     "({image: what `_check_image` returns}, {mask: what `_check_mask` returns}), every file read once."
     masks, images = {}, {}
@@ -599,23 +613,23 @@ def _file_problems(pool, images, masks) -> list:
     for t in pool:
         for c in t.cases:
             for file in (c.mask, c.image): users.setdefault(file, {})[t.name] = None
-    found = {**masks, **images}  # an image that is also somebody's mask was read as both
-    return [("error", kind, _some(names, 1), str(file), said) for file, names in users.items() for kind, said in found[file][-1]]
+    return [("error", kind, _some(users[file], 1), str(file), said)
+            for found in (masks, images) for file, (*_, problems) in found.items() for kind, said in problems]
 
-# %% ../nbs/01_datasets.ipynb #08f8ddac
+# %% ../nbs/01_datasets.ipynb #7082459b
 def _grid_problems(pool, images, masks) -> list:
     "Images that are not on the grid of their mask."
     pairs = {(c.image, c.channel, c.mask): t.name for t in reversed(pool.tasks) for c in t.cases}
     rows = []
     for (image, channel, mask), task in reversed(pairs.items()):
-        a, b = images[image][0].get(channel), masks[mask][0]
-        if a is None or b is None or same_grid(a, b): continue
-        on = f"{image} is on another grid {a.shape} than its mask {mask} {b.shape}"
-        if masks[mask][1] is None or covers(a, *read_labels(mask)): rows.append(("note", "grid", task, str(image), f"{on}, to which it is resampled."))
-        else: rows.append(("error", "grid", task, str(image), f"{on} and does not cover it: correct the header that is wrong, or take the case out of the data set."))
+        a, (b, held, _) = images[image][0].get(channel), masks[mask]
+        if a is None or held is None or same_grid(a, b): continue
+        severity, what = ("note", ", to which it is resampled.") if covers(a, *read_labels(mask)) else (
+            "error", " and does not cover it: correct the header that is wrong, or take the case out of the data set.")
+        rows.append((severity, "grid", task, str(image), f"{image} is on another grid {a.shape} than its mask {mask} {b.shape}{what}"))
     return rows
 
-
+# %% ../nbs/01_datasets.ipynb #9b8fa3bf
 def _volume(case: Case, masks):
     "The volume of a case's label in cm3; None where its mask could not be read."
     opened, held, _ = masks[case.mask]
@@ -623,7 +637,7 @@ def _volume(case: Case, masks):
     voxels = sum(n for v, n in held.items() if v not in case.ignore and (v in case.labels or not case.labels))
     return float(voxels * np.prod(spacing_of(opened.affine)) / 1000)
 
-# %% ../nbs/01_datasets.ipynb #ba97e04e
+
 def _task_row(task: Task, masks) -> dict:
     "One row of the table of tasks."
     grid = next((_grid(masks[c.mask][0]) for c in task.cases if masks[c.mask][0] is not None), {"shape": "-", "spacing": "-"})
@@ -631,7 +645,7 @@ def _task_row(task: Task, masks) -> dict:
     return {"task": task.name, "patients": len(task.patients), **grid, "empty masks": int((cm3 == 0).sum()),
             "median cm3": cm3.median(), "least cm3": cm3.min(), "most cm3": cm3.max()}
 
-
+# %% ../nbs/01_datasets.ipynb #ec607760
 def _empty_problems(pool, masks) -> list:
     "Tasks with patients who do not have the label."
     rows = []
@@ -640,7 +654,8 @@ def _empty_problems(pool, masks) -> list:
         none = [mask for mask, cm3 in read if cm3 == 0]
         if none and len(none) == len(read):
             values = ", ".join(map(str, t.cases[0].labels)) or "any but 0"
-            rows.append(("error", "empty masks", t.name, str(none[0]), f"No mask of {t.name} holds its label (value {values}), the first is {none[0]}: correct the table of labels."))
+            said = f"No mask of {t.name} holds its label (value {values}), the first is {none[0]}: correct the table of labels, or leave it out if nobody has it."
+            rows.append(("error", "empty masks", t.name, str(none[0]), said))
         elif none: rows.append(("note", "empty masks", t.name, str(none[0]), f"{len(none)} of {len(read)} masks of {t.name} are empty, the first is {none[0]}."))
     return rows
 
@@ -651,10 +666,10 @@ def _shared_patients(pool) -> list:
     for t in pool:
         for p in t.patients: tasks.setdefault(p, []).append(t.name)
     groups = Counter(tuple(names) for names in tasks.values() if len(names) > 1)
-    return [("note", "shared patients", names[0], "", f"{n} patients are in {len(names)} tasks ({_some(names)}): those who are tested are removed from every source.")
-            for names, n in groups.items()]
+    said = lambda names, n: f"{n} patients are in {len(names)} tasks ({_some(names)}): those who are tested are removed from every source."
+    return [("note", "shared patients", names[0], "", said(names, n)) for names, n in groups.items()]
 
-# %% ../nbs/01_datasets.ipynb #baf41c86
+# %% ../nbs/01_datasets.ipynb #822b0a4e
 def _middle(path: Path) -> bytes:
     with open(path, "rb") as f:
         f.seek(max(0, path.stat().st_size // 2 - 2**15))
@@ -667,7 +682,7 @@ def _whole(path: Path) -> str:
 
 def _twins(pool) -> dict:
     "{image: the first image that is equal to it byte for byte}, where there is one besides itself."
-    stored = {c.image: c.image.with_suffix(".img") if c.image.suffix == ".hdr" else c.image for t in pool for c in t.cases}
+    stored = {c.image: voxel_file(c.image) for t in pool for c in t.cases}
     groups = [[image for image, file in stored.items() if file.is_file()]]
     for key in (lambda path: path.stat().st_size, _middle, _whole):
         apart = [{} for _ in groups]
@@ -676,7 +691,7 @@ def _twins(pool) -> dict:
         groups = [g for parts in apart for g in parts.values() if len(g) > 1]
     return {image: group[0] for group in groups for image in group}
 
-
+# %% ../nbs/01_datasets.ipynb #19d68916
 def _copies(pool, twins: dict) -> list:
     "Images that belong to several patients."
     owners = {}
@@ -685,20 +700,23 @@ def _copies(pool, twins: dict) -> list:
     rows = []
     for found in owners.values():
         (a, (first, _)), *others = found.items()
-        rows += [("error", "copies", task, str(image), f"{image} of {b} is, byte for byte, {first} of {a}: take one of the two patients out.") for b, (image, task) in others]
+        rows += [("error", "copies", task, str(image), f"{image} of {b} is, byte for byte, {first} of {a}: take one of the two patients out.")
+                 for b, (image, task) in others]
     return rows
 
 
 def _split_problems(pool, target, shots, seed, test, twins: dict) -> list:
     "Images that are tested and trained on in the split of `protocol`."
     try: p = protocol(pool, target, shots, seed, test)
-    except InputError as e: return [("error", "split", target, "", str(e))]
+    except InputError as e:
+        copies = [str(c.image) for c in pool[target].cases if c.image in twins]
+        return [("error", "split", target, copies[0], f"{str(e).rstrip('.')} (copies: {_some(copies)}).") if copies else ("error", "split", target, "", str(e))]
     tested = {twins.get(c.image, c.image): c.image for c in p.test.cases}
     found = {c.image: (t.name, tested[twins.get(c.image, c.image)]) for t in (p.train, *p.sources) for c in t.cases if twins.get(c.image, c.image) in tested}
     return [("error", "split", task, str(image), f"{image} of {task} is, byte for byte, {other}, on which {target} is tested: take one of the two out.")
             for image, (task, other) in found.items()]
 
-# %% ../nbs/01_datasets.ipynb #fa199991
+# %% ../nbs/01_datasets.ipynb #05cb5ff9
 @dataclass(frozen=True)
 class Validation:
     "What reading every file of a pool found."
@@ -721,7 +739,8 @@ def validate(pool: TaskPool,  # what `read_pool` returned
     if target is not None: pool[target]
     images, masks = _check_files(pool)
     twins = _twins(pool)
-    rows = [*_file_problems(pool, images, masks), *_grid_problems(pool, images, masks), *_empty_problems(pool, masks), *_shared_patients(pool), *_copies(pool, twins)]
+    rows = [*_file_problems(pool, images, masks), *_grid_problems(pool, images, masks), *_empty_problems(pool, masks),
+            *_shared_patients(pool), *_copies(pool, twins)]
     if target is not None: rows += _split_problems(pool, target, shots, seed, test, twins)
     problems = pd.DataFrame(sorted(rows, key=lambda row: row[0]), columns=["severity", "kind", "task", "file", "problem"])
     return Validation(pd.DataFrame([_task_row(t, masks) for t in pool]), problems)

@@ -127,7 +127,7 @@ def execute(name: str,  # one of `TEMPLATES`
     failed.unlink(missing_ok=True)
     return read_result(notebook), True
 
-# %% ../nbs/40_engine.ipynb #570260d3
+# %% ../nbs/40_engine.ipynb #03f968c3
 @dataclass(frozen=True)
 class Run:
     "What a run ended with."
@@ -140,26 +140,26 @@ class Run:
 def _stamp(pool: TaskPool) -> str:
     "A name for the state of the pool's files, without reading them."
     def of(path): return [path.name, path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else [path.name]
-    return digest([[t.name, c.patient, of(c.image), of(c.mask), c.labels] for t in pool for c in t.cases])
+    return digest([[t.name, c.patient, [of(f) for f in c.files], c.labels, c.ignore, c.channel] for t in pool for c in t.cases])
 
-# %% ../nbs/40_engine.ipynb #a83e7b87
-def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe) -> tuple:
+# %% ../nbs/40_engine.ipynb #6082a6a5
+def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wanted) -> tuple:
     "The parameters that all notebooks share and the state of the data; raises `InputError` for a run that cannot succeed."
     if not arms: raise InputError(f"No arm was named: the arms are {', '.join(ARMS)}.")
     for arm in arms: arm_sources(arm, (), "")
     preset_weights(mode)
     if recipe.target_steps < 1 or recipe.source_steps < sources: raise InputError("Every stage needs at least one step: ask for more steps.")
-    pool = read_pool(data)
+    pool = read_pool(data, **wanted)
     split = protocol(pool, target, shots, seed, test)
     if not 1 <= sources <= min(3, len(split.sources)):
         raise InputError(f"A path to {target} can have 1 to {min(3, len(split.sources))} sources, not {sources}: ask for another number.")
-    common = {"data": str(data), "target": target, "shots": shots, "test": test or 0, "seed": seed}
+    common = {"data": str(data), "wanted": wanted, "target": target, "shots": shots, "test": test or 0, "seed": seed}
     check_cases(split.test)
     stamp = _stamp(pool)
     open_run(out, {**common, "sources": sources, "mode": mode, "recipe": asdict(recipe), "state of the data": stamp})
     return common, stamp
 
-# %% ../nbs/40_engine.ipynb #77e3a89d
+# %% ../nbs/40_engine.ipynb #30b1a721
 def run(data,  # folder with data sets
         target: str,  # name of the target task
         out,  # folder of the run, new or begun
@@ -170,11 +170,12 @@ def run(data,  # folder with data sets
         seed: int = 0,  # of split, sampling, weights, patches
         mode: str = "default",  # of the affinity: `default` or `paper`
         recipe: Recipe = Recipe(),  # steps and learning rates
+        wanted: dict | None = None,  # options of `datasets.read_pool`: sites, modalities, labels, cases
         show=lambda step, total, line: print(line),  # called with every line of progress
        ) -> Run:  # results and failures
     "Affinity, path, arms and report as executed notebooks; one arm that fails leaves the others alone. Raises `InputError`, or `RunError` if nothing was finished."
     data, out, failures, total = Path(data).absolute(), Path(out).absolute(), {}, len(arms) + 2
-    common, inputs = _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe)
+    common, inputs = _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wanted or {})
 
     def step(i, name, notebook, parameters, *products):
         show(i, total, f"{notebook} ...")

@@ -236,13 +236,13 @@ def tumour(healthy: Anatomy,  # where it grows
     ncr, core, whole = (np.minimum.accumulate(inside[::-1])[::-1] * healthy.fractions[1:].sum(0)).astype(np.float32)
     return np.stack([ncr, whole - core, core - ncr])
 
-# %% ../nbs/02_phantom.ipynb #b5fef3e9
+# %% ../nbs/02_phantom.ipynb #c49a1045
 def hyperintensities(healthy: Anatomy,  # where they lie
                      rng: np.random.Generator,  # draws load and pattern
                     ) -> np.ndarray:  # HWD float32: the fraction of WMH
-    "White-matter hyperintensities of 5 to 45 ml (log-normal, median 15 ml), around the ventricles and in deep white matter."
+    "White-matter hyperintensities of 10 to 44 ml (log-normal, median 20 ml), around the ventricles and in deep white matter."
     grid = healthy.grid
-    volume = 15_000 * np.exp(0.6 * rng.standard_normal()).clip(0.35, 3)  # mm^3
+    volume = 20_000 * np.exp(0.5 * rng.standard_normal()).clip(0.5, 2.2)  # mm^3
     caps = 2.5 * np.exp(-healthy.to_ventricle.clip(0) / 7) + 0.5 * smooth_noise(rng, grid, 18.0)
     score = caps + (1.2 * smooth_noise(rng, grid, 13.0) - 1.6).clip(0)
     score = score - 2 * (grid.axes[2] < -15)  # the temporal horns have few

@@ -24,7 +24,7 @@ from .core import InputError, code_digest, digest, progress, read_json, replacin
 from .networks import Plan, build_network, device, load_network, prepare, save_network
 from .tasks import Task, read_case
 
-# %% ../nbs/31_training.ipynb #bec497f7
+# %% ../nbs/31_training.ipynb #75c994cb
 @dataclass(frozen=True)
 class Stage:
     "One training stage of a transfer path."
@@ -41,12 +41,12 @@ def _file_digest(path: Path, size: int, changed: int) -> str:
 
 def data_digest(task: Task,  # whose files to hash
                ) -> str:  # 16 hexadecimal digits
-    "A name for the content of a task: its image and mask files, byte for byte, and its label values; places do not matter."
+    "A name for the content of a task: its image and mask files, byte for byte, its channel and its label values; places do not matter."
     def of(path):
         try: s = path.stat()
         except OSError as e: raise InputError(f"The file {path} is missing: restore it or take its case out of the data set.") from e
         return _file_digest(path, s.st_size, s.st_mtime_ns)
-    return digest([[c.patient, of(Path(c.image)), of(Path(c.mask)), c.labels] for c in task.cases])
+    return digest([[c.patient, [of(f) for f in c.files], c.labels, c.ignore, c.channel] for c in task.cases])
 
 # %% ../nbs/31_training.ipynb #33050292
 def stage_name(stage: Stage,  # what is to be trained

@@ -157,7 +157,7 @@ def cohort_sizes(like: str,  # one of `LIKE`
     size = lambda cohort: max(4, -(-cohort.real // int(number))) if kind == "paper" else int(number)
     return {layout: [(cohort, size(cohort)) for cohort in LAYOUTS[layout][0]] for layout in _layouts(like)}
 
-# %% ../nbs/03_zoo.ipynb #d1eea2fa
+# %% ../nbs/03_zoo.ipynb #a670299a
 def _draw(root, layout, cohort, index, shape, seed):
     "Draws one patient, unless it was complete in an earlier attempt."
     done = root / ".drawn" / f"{cohort.key}-{index}"
@@ -169,7 +169,12 @@ def _draw(root, layout, cohort, index, shape, seed):
 
 def _holds(folder: Path, parameters: dict) -> bool:
     "Whether `folder` is the zoo of these parameters, complete."
-    return (folder / "zoo.json").is_file() and read_json(folder / "zoo.json") == parameters
+    if not (folder / "zoo.json").is_file(): return False
+    told = read_json(folder / "zoo.json")
+    return told == parameters | {"files": told.get("files")} and _files(folder) >= told["files"]
+
+
+def _files(folder: Path) -> int: return sum(path.is_file() for path in folder.rglob("*"))
 
 
 def write_zoo(out,  # folder to write into; new, empty, or holding this very zoo
@@ -181,25 +186,27 @@ def write_zoo(out,  # folder to write into; new, empty, or holding this very zoo
              ) -> Path:  # the folder
     "Writes a phantom zoo; raises `InputError` for a parameter out of range and for a folder that holds anything else."
     out, sizes, grid = Path(out).absolute(), cohort_sizes(like, cases), grid_of(size)
-    parameters = dict(like=like, size=list(grid.shape), cases=str(cases), seed=int(seed), version=__version__)
+    parameters = dict(like=like, size=list(grid.shape), cases=str(cases), seed=int(seed), version=__version__, code=code_digest("core", "phantom", "zoo"))
     if _holds(out, parameters): return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not this phantom zoo: choose another folder or delete it first.")
-    part = writable(out.parent) / f".{out.name}-{digest(parameters, code_digest('core', 'phantom', 'zoo'))}"
-    with FileLock(f"{part}.lock"):  # of two processes that want one zoo, the second waits and finds it
-        if not _holds(out, parameters): _write(part, out, sizes, grid, seed, jobs, parameters)
-    Path(f"{part}.lock").unlink(missing_ok=True)
+    part = writable(out.parent) / f".{out.name}-{digest(parameters)}"
+    lock = FileLock(f"{part}.lock")  # of two processes that want one zoo, the second waits and finds it
+    try:
+        with lock:
+            if not _holds(out, parameters): _write(part, out, sizes, grid, seed, jobs, parameters)
+    finally: Path(lock.lock_file).unlink(missing_ok=True)
     return out
 
-# %% ../nbs/03_zoo.ipynb #40aaf305
+# %% ../nbs/03_zoo.ipynb #46e38b87
 def _write(part, out, sizes, grid, seed, jobs, parameters):
     todo = [(part, layout, cohort, i, grid.shape, seed) for layout, group in sizes.items() for cohort, n in group for i in range(n)]
     jobs = jobs or (os.cpu_count() if len(todo) * np.prod(grid.shape) > 3e6 else 1)
     drawn = Parallel(jobs, return_as="generator_unordered")(delayed(_draw)(*job) for job in todo)
     for _ in progress(drawn, "drawing patients", len(todo)): pass
     for layout, group in sizes.items(): LAYOUTS[layout][2](part, group, grid.shape, seed)
-    write_json(part / "zoo.json", parameters)
     shutil.rmtree(part / ".drawn", ignore_errors=True)
+    write_json(part / "zoo.json", parameters | {"files": _files(part) + 1})
     try: os.rename(part, out)
     except OSError as e: raise InputError(f"{out} was taken by something else ({e.strerror}): choose another folder.") from e
 

@@ -152,14 +152,17 @@ def test_the_whole_of_fets_is_listed_without_opening_a_volume(tmp_path):
 
 def test_the_real_partition_tables(realdata, tmp_path):
     tables = realdata / "fets2022_csv"
-    rows = [line.split(",") for line in (tables / "partitioning_1.csv").read_text().split()[1:]]
-    folder = fets(tmp_path, [(site, int(subject[-5:])) for site, subject in rows], empty=True)
+    read = lambda name: [(int(site), subject) for site, subject in (line.split(",") for line in (tables / name).read_text().split()[1:])]  # noqa: E731
+    rows, finer = read("partitioning_1.csv"), dict((subject, site) for site, subject in read("partitioning_2.csv"))
+    assert {site: sum(s == site for s, _ in rows) for site, _ in rows} == SIZES
+    here = [(site, int(subject[-5:])) for i, (site, subject) in enumerate(rows) if sum(s == site for s, _ in rows[:i]) < 4]  # four patients of each institution
+    folder = fets(tmp_path, here, empty=True)
     for table in tables.iterdir(): shutil.copy(table, folder)
     pool = read_fets(folder)
-    assert {int(t.site): len(t) for t in pool} == SIZES and len(pool) == 276
-    first = {c.image.parent.name for c in pool["fets-16-T2-NCR"].cases}
-    assert first == {subject for site, subject in rows if site == "16"}
-    assert len(read_fets(folder, partition="partitioning_2.csv")) == 33 * 12
+    assert {int(t.site): len(t) for t in pool} == {site: min(n, 4) for site, n in SIZES.items()} and len(pool) == 276
+    assert {c.image.parent.name for c in pool["fets-16-T2-NCR"].cases} == {f"FeTS2022_{n:05}" for site, n in here if site == 16}
+    split = {finer[f"FeTS2022_{n:05}"] for _, n in here}
+    assert {int(t.site) for t in read_fets(folder, partition="partitioning_2.csv")} == split
 
 
 # --- iSeg-2019
@@ -333,6 +336,17 @@ def test_a_label_map_that_holds_what_no_table_names(tmp_path):
     assert "a.nii.gz" in problems.to_string() and "5" in problems.to_string()
 
 
+@pytest.mark.parametrize("told, word", [
+    ({"channel_names": ["T2"]}, "channel_names"), ({"channel_names": []}, "channel_names"), ({"channel_names": {"0": ["T2"]}}, "channel_names"),
+    ({"channel_names": {"0": ""}}, "dataset.json"), ({"channel_names": {"T2": 0}}, "channel_names"), ({"labels": {"病变": 1}}, "病变"),
+    ({"labels": {"lesion": 1.5}}, "labels"),
+    ({"labels": {"background": 0}}, "label"), ({"labels": [0, 1]}, "labels"), ({"file_ending": 3}, "file_ending"), ({"file_ending": ".nii"}, ".nii")], ids=str)
+def test_a_description_that_is_wrong_is_named(tmp_path, told, word):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1})
+    (folder / "dataset.json").write_text(json.dumps(json.loads((folder / "dataset.json").read_text()) | told))
+    refused(lambda: read_pool(tmp_path), word, folder, "dataset.json")
+
+
 def msd(root, name="Task01_BrainTumour", entries=None):
     folder = root / name
     for i, case in enumerate(("BRATS_001", "BRATS_002")):
@@ -354,6 +368,16 @@ def test_msd_reads_the_channel_that_is_asked_for(tmp_path):
         assert np.array_equal(v.image, image(10 + c)) and np.array_equal(v.mask, label_map(1, 2) == 2)
     assert validate(pool).ok and read_pool(tmp_path).names == pool.names
     assert sizes(read_msd(folder, modalities=["T1w"], labels=["edema"], cases=1)) == {"BrainTumour-T1w-edema": 1}
+
+
+@pytest.mark.parametrize("told, word", [
+    ({"modality": ["T1w"]}, "modality"), ({"modality": [1]}, "modality"), ({"modality": {"0": ["T1w"]}}, "modality"),
+    ({"labels": {"1": "tumour", "2": "tumour"}}, "labels"),
+    ({"training": {}}, "training"), ({"training": ["imagesTr/BRATS_001.nii.gz"]}, "training"), ({"labels": {"one": "edema"}}, "labels")], ids=str)
+def test_a_decathlon_description_that_is_wrong_is_named(tmp_path, told, word):
+    folder = msd(tmp_path)
+    (folder / "dataset.json").write_text(json.dumps(json.loads((folder / "dataset.json").read_text()) | told))
+    refused(lambda: read_pool(tmp_path), word, folder)
 
 
 @pytest.mark.parametrize("where", ["../elsewhere/x.nii.gz", "./imagesTr/../../elsewhere/x.nii.gz", "{root}/elsewhere/x.nii.gz"])
@@ -422,6 +446,75 @@ def test_a_manifest_that_is_incomplete_is_refused_by_row(tmp_path):
     refused(lambda: read_manifest(manifest(tmp_path, broken(3, lambda r: r.replace("b-T2", "c-T2")))), "c-T2.nii.gz")
     refused(lambda: read_manifest(manifest(tmp_path, [])), "cohort.csv")
     refused(lambda: read_manifest(tmp_path / "nothing.csv"), "nothing.csv")
+
+
+def test_a_manifest_in_an_old_encoding_is_named(tmp_path):
+    rows = [row.replace("Ulm", "Köln") for row in ENTRIES]
+    refused(lambda: read_manifest(manifest(manifest_files(tmp_path), rows, encode=lambda s: s.encode("cp1252"))), "cohort.csv", "UTF-8")
+    assert {t.site for t in read_manifest(manifest(tmp_path, rows))} == {"K_ln", "Bonn"}
+
+
+@pytest.mark.parametrize("column, text", [("site", "北京"), ("modality", "--"), ("label", "病变")])
+def test_a_name_without_a_letter_is_named_with_its_row(tmp_path, column, text):
+    head = ["patient", "image", "mask", "modality", "site", "label"]
+    cells = [row.split(",") for row in ENTRIES]
+    cells[2][head.index(column)] = text
+    refused(lambda: read_manifest(manifest(manifest_files(tmp_path), [",".join(c) for c in cells])), text, "cohort.csv", "4")
+
+
+# --- folders, and what is wrong in them
+
+def test_data_sets_are_found_three_folders_down(tmp_path):
+    for depth in range(5): nnunet(tmp_path / "/".join("abcd"[:depth]) / "here", {"background": 0, "lesion": 1, "other": 2}, name=f"Dataset00{depth}_D{depth}")
+    found = lambda folder: {t.dataset for t in read_pool(folder)}  # noqa: E731
+    assert found(tmp_path / "here") == {"D0"} and found(tmp_path) == {"D0", "D1"}  # here/Dataset000_D0 and a/here/Dataset001_D1
+    assert found(tmp_path / "a" / "b" / "c" / "d" / "here" / "Dataset004_D4") == {"D4"} and found(tmp_path / "a" / "b" / "c") == {"D3", "D4"}
+
+
+def test_folders_without_data_are_refused_or_skipped(tmp_path):
+    refused(lambda: read_pool(tmp_path / "nowhere"), "nowhere")
+    (tmp_path / "notes").mkdir()
+    refused(lambda: read_pool(tmp_path), str(tmp_path))
+    nnunet(tmp_path, {"background": 0, "lesion": 1, "other": 2})
+    pool = read_pool(tmp_path)
+    assert len(pool) == 2 and ["notes"] == [where for where, _ in pool.skipped]
+
+
+def test_an_image_without_a_label_map_is_not_passed_over(tmp_path):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "other": 2})
+    (folder / "labelsTr" / "b.nii.gz").unlink()
+    refused(lambda: read_nnunet(folder), "b.nii.gz")
+
+
+def test_an_empty_mask_is_legal_and_a_label_nobody_has_is_not(tmp_path):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "core": 2}, values=(1,))
+    checked = validate(read_nnunet(folder, labels=["core"]))
+    assert not checked.ok and "Brain-T2-core" in " ".join(checked.problems["problem"])
+    save(folder / "labelsTr" / "b.nii.gz", label_map())
+    pool = read_nnunet(folder, labels=["lesion"])
+    checked = validate(pool)
+    assert checked.ok and "b.nii.gz" in " ".join(checked.problems["problem"]) and checked.tasks["empty masks"].tolist() == [1]
+    assert not read_case(pool["Brain-T2-lesion"].cases[1]).mask.any()
+
+
+def test_a_patient_who_is_there_twice(tmp_path):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "other": 2}, cases="abcdef")
+    assert validate(read_nnunet(folder), target="Brain-T2-lesion", shots=2).ok
+    shutil.copy(folder / "imagesTr" / "a_0000.nii.gz", folder / "imagesTr" / "d_0000.nii.gz")
+    said = " ".join(validate(read_nnunet(folder)).problems.query("severity == 'error'")["problem"])
+    assert "a_0000.nii.gz" in said and "d_0000.nii.gz" in said
+    problems = [validate(read_nnunet(folder), target="Brain-T2-lesion", shots=2, seed=seed).problems for seed in range(8)]
+    splits = [row for p in problems for row in p[p["kind"] == "split"].itertuples()]  # only where one of the two is tested and the other trained on
+    assert splits and all(re.search("[ad]_0000.nii.gz", f"{row.file} {row.problem}") for row in splits)
+    refused(lambda: validate(read_nnunet(folder), target="Brain-T2-lesoin"), "Brain-T2-lesoin", "Brain-T2-lesion")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("content", [b"", b"abc" * 300], ids=["empty", "text"])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".hdr", ".img", ".mgz", ".gii", ".mnc", ".PAR", ".txt"])
+def test_a_file_that_is_no_volume(tmp_path, ending, content):
+    (tmp_path / f"x{ending}").write_bytes(content)
+    assert "\n" not in refused(lambda: open_volume(tmp_path / f"x{ending}"), f"x{ending}")
 
 
 # --- names
@@ -506,6 +599,20 @@ def test_a_ramp_is_resampled_to_the_ramp(tmp_path, step):
 def test_an_image_that_does_not_cover_its_mask_is_refused(tmp_path):
     far = GRID.copy(); far[:3, 3] += 200
     case = a_case(tmp_path, image(), label_map(1), far)
+    refused(lambda: read_case(case), "image.nii.gz", "mask.nii.gz")
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_an_image_that_misses_a_labelled_voxel_is_refused(tmp_path, axis):
+    "A slab of the grid is enough for a label inside it, and is refused when the label reaches out of it."
+    slab, lost = [slice(None)] * 3, [slice(None)] * 3
+    slab[axis], lost[axis] = slice(0, SHAPE[axis] - 1), slice(SHAPE[axis] - 1, None)
+    y = np.zeros(SHAPE, np.uint8)
+    y[2:4, 2:4, 2:4] = 1
+    v = read_case(a_case(tmp_path, image()[tuple(slab)], y))
+    assert np.allclose(v.image[tuple(slab)], image()[tuple(slab)], rtol=1e-5) and np.array_equal(v.mask, y == 1)
+    y[tuple(lost)] = 1
+    case = a_case(tmp_path, image()[tuple(slab)], y)
     refused(lambda: read_case(case), "image.nii.gz", "mask.nii.gz")
 
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqtransfer import phantom
+from seqtransfer import zoo as module
 from seqtransfer.core import InputError
-from seqtransfer.phantom import COHORTS, demo_zoo, patient, smooth_noise, write_cohort, write_zoo
+from seqtransfer.phantom import DEMO, FETS, ISEG, WMH2017, grid_of, patient, smooth_noise
+from seqtransfer.zoo import demo_zoo, write_zoo
 
-sizes = st.sampled_from([16, 18, 20, 24])
-cohorts = st.sampled_from(COHORTS)
+sizes = st.sampled_from([16, 18, 20, (24, 20, 16)])
+cohorts = st.sampled_from((*DEMO, FETS[0], FETS[3], *WMH2017, *ISEG))
 seeds = st.integers(0, 2**31)
 
 
@@ -23,41 +24,43 @@ def bytes_of(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@settings(max_examples=8, deadline=None)
-@given(cohort=cohorts, size=sizes, seed=seeds)
-def test_a_data_set_is_readable_and_the_same_twice(tmp_path_factory, cohort, size, seed):
-    a, b = tmp_path_factory.mktemp("a"), tmp_path_factory.mktemp("b")
-    for folder in (a, b):
-        assert list(write_cohort(folder, cohort, size, 1, seed)) == [cohort.case(0)]
+def test_a_data_set_is_readable_and_the_same_twice(tmp_path):
+    a, b = (write_zoo(tmp_path / name, size=16, cases=1, seed=5) for name in "ab")
     assert bytes_of(a) == bytes_of(b)
-    told = json.loads((a / cohort.folder / "dataset.json").read_text())
-    label = nib.load(a / cohort.folder / "labelsTr" / f"{cohort.case(0)}.nii.gz")
-    assert label.get_data_dtype() == np.uint8 and nib.aff2axcodes(label.affine) == ("R", "A", "S")
-    y = np.asanyarray(label.dataobj)
-    assert set(np.unique(y)) <= set(told["labels"].values())
-    for channel in told["channel_names"]:
-        image = nib.load(a / cohort.folder / "imagesTr" / f"{cohort.case(0)}_{int(channel):04d}.nii.gz")
-        x = np.asanyarray(image.dataobj)
-        assert image.shape == label.shape == (size,) * 3 and np.array_equal(image.affine, label.affine)
-        assert x.min() == 0 and (x[y > 0] > 0).all() and (x[[0, -1]] == 0).all()  # skull-stripped, labels inside the brain
+    for cohort in DEMO:
+        told = json.loads((a / cohort.key / "dataset.json").read_text())
+        label = nib.load(next((a / cohort.key / "labelsTr").iterdir()))
+        y = np.asanyarray(label.dataobj)
+        assert label.get_data_dtype() == np.uint8 and nib.aff2axcodes(label.affine) == ("R", "A", "S")
+        assert set(np.unique(y)) <= set(told["labels"].values())
+        images = sorted((a / cohort.key / "imagesTr").iterdir())
+        assert len(images) == len(told["channel_names"])
+        for path in images:
+            image = nib.load(path)
+            x = np.asanyarray(image.dataobj)
+            assert image.shape == label.shape == (16, 16, 16) and np.array_equal(image.affine, label.affine)
+            assert x.min() == 0 and (x[y > 0] > 0).all() and (x[[0, -1]] == 0).all()  # skull-stripped, labels inside the brain
 
 
 @settings(max_examples=6, deadline=None)
-@given(cohort=cohorts, seed=seeds)
-def test_patients_modalities_and_seeds_differ(cohort, seed):
-    images, labels, fractions = patient(cohort, 0, 16, seed)
-    first, second = images.values()
+@given(cohort=cohorts, shape=sizes, seed=seeds)
+def test_patients_modalities_and_seeds_differ(cohort, shape, seed):
+    p = patient(cohort, 0, shape, seed)
+    first, second = (p.image(m) for m in cohort.modalities[:2])
+    assert first.shape == p.labels.shape == grid_of(shape).shape
     assert np.array_equal(first > 0, second > 0) and not np.array_equal(first, second)
-    assert fractions.min() > -1e-6 and fractions.sum(0).max() < 1 + 1e-5
-    for other in (patient(cohort, 1, 16, seed), patient(cohort, 0, 16, seed + 1)):
-        assert not np.array_equal(fractions, other[2])
+    assert p.fractions.min() > -1e-6 and p.fractions.sum(0).max() < 1 + 1e-5
+    assert set(np.unique(p.labels)) <= {0, *(value for value, _ in cohort.labels.values())}
+    for other in (patient(cohort, 1, shape, seed), patient(cohort, 0, shape, seed + 1)):
+        assert not np.array_equal(p.fractions, other.fractions)
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=seeds, h=st.floats(8, 60), fov=st.floats(100, 300))
 def test_noise_is_the_same_field_on_every_grid(seed, h, fov):
-    coarse, fine = (smooth_noise(np.random.default_rng(seed), n, fov, h) for n in (9, 27))
+    coarse, fine, slab = (smooth_noise(np.random.default_rng(seed), grid_of(n, fov), h) for n in (17, 51, (51, 17, 51)))
     assert np.allclose(coarse, fine[1::3, 1::3, 1::3], atol=1e-4)  # the centres of the coarse voxels are centres of fine ones
+    assert np.allclose(slab, fine[:, 17:34], atol=1e-4)
 
 
 def test_a_zoo_is_found_again_and_nothing_else_is_overwritten(tmp_path):
@@ -68,7 +71,7 @@ def test_a_zoo_is_found_again_and_nothing_else_is_overwritten(tmp_path):
         with pytest.raises(InputError, match="zoo"):
             write_zoo(zoo, **(dict(size=16, cases=1, seed=3) | other))
     assert bytes_of(zoo) == before
-    (zoo / COHORTS[2].folder / "dataset.json").unlink()
+    (zoo / DEMO[2].key / "dataset.json").unlink()
     with pytest.raises(InputError, match="zoo"):  # no longer complete
         write_zoo(zoo, size=16, cases=1, seed=3)
     (tmp_path / "mine").mkdir()
@@ -79,19 +82,22 @@ def test_a_zoo_is_found_again_and_nothing_else_is_overwritten(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
-def test_an_interrupted_zoo_leaves_nothing(tmp_path, monkeypatch):
-    drawn = []
+def test_an_interrupted_zoo_is_no_zoo_and_goes_on(tmp_path, monkeypatch):
+    whole = write_zoo(tmp_path / "whole", size=16, cases=2)
+    drawn, save = [], module.save_volume
 
-    def stops(case_of):
-        def save(path, *rest):
-            drawn.append(path)
-            if len(drawn) > 4: raise KeyboardInterrupt
-            return case_of(path, *rest)
-        return save
-    monkeypatch.setattr(phantom, "save_volume", stops(phantom.save_volume))
+    def stops(path, image):
+        drawn.append(path)
+        if len(drawn) == 8: raise KeyboardInterrupt
+        return save(path, image)
+    monkeypatch.setattr(module, "save_volume", stops)
     with pytest.raises(KeyboardInterrupt):
         write_zoo(tmp_path / "zoo", size=16, cases=2)
-    assert drawn and os.listdir(tmp_path) == []
+    assert not (tmp_path / "zoo").exists()
+    write_zoo(tmp_path / "zoo", size=16, cases=2)
+    files = sum(path.suffix == ".gz" for path in bytes_of(whole))
+    assert len(drawn) == files + 2  # the two patients that were complete are not drawn again, the third begins anew with its two
+    assert bytes_of(tmp_path / "zoo") == bytes_of(whole) and sorted(os.listdir(tmp_path)) == ["whole", "zoo"]
 
 
 def test_processes_may_ask_for_the_demonstration_zoo_at_once(tmp_path, monkeypatch):
@@ -102,7 +108,7 @@ def test_processes_may_ask_for_the_demonstration_zoo_at_once(tmp_path, monkeypat
     assert os.listdir(tmp_path) == [a.name]
 
 
-@pytest.mark.parametrize("bad", [dict(like="dicom"), dict(size=15), dict(cases=0)])
+@pytest.mark.parametrize("bad", [dict(like="dicom"), dict(size=15), dict(size=(48, 48)), dict(cases=0), dict(cases="paper")])
 def test_impossible_parameters_are_refused_before_anything_is_written(tmp_path, bad):
     with pytest.raises(InputError):
         write_zoo(tmp_path / "zoo", **bad)

@@ -8,7 +8,7 @@ from conftest import seqtransfer
 
 from seqtransfer.affinity import affinity
 from seqtransfer.core import InputError
-from seqtransfer.datasets import check_pool, read_pool
+from seqtransfer.datasets import read_pool, validate
 from seqtransfer.paths import best_paths
 from seqtransfer.tasks import Case, TaskPool, foreground, open_volume, protocol, read_case
 from seqtransfer.transfer import Recipe, compare
@@ -32,8 +32,8 @@ def test_six_tasks_and_two_folders_skipped_by_name(realdata):
 
 
 def test_the_data_are_sound(pool):
-    table, problems = check_pool(pool)
-    assert problems == [] and (table["least cm3"] > 0).all()
+    found = validate(pool)
+    assert found.ok and (found.tasks["least cm3"] > 0).all()
 
 
 def test_flipped_and_other_grids(realdata):
@@ -43,8 +43,13 @@ def test_flipped_and_other_grids(realdata):
     assert np.array_equal(a.mask, b.mask) and a.mask.any()
     head_a, head_b = foreground(a.image), foreground(b.image)
     assert 2 * (head_a & head_b).sum() / (head_a.sum() + head_b.sum()) > 0.8
-    with pytest.raises(InputError, match="othergrid_flair"):
-        read_case(Case("p", odd / "othergrid_flair.nii.gz", odd / "othergrid_msk.nii.gz", (1,)))
+    coarse = read_case(Case("p", odd / "othergrid_flair.nii.gz", odd / "othergrid_msk.nii.gz", (1,)))
+    dwi = read_case(Case("p", odd / "othergrid_dwi.nii.gz", odd / "othergrid_msk.nii.gz", (1,)))
+    assert coarse.image.shape == dwi.image.shape == (112, 112, 73) and np.array_equal(coarse.mask, dwi.mask)
+    head_a, head_b = (u.image > np.percentile(u.image, 75) for u in (coarse, dwi))  # one head, FLAIR brought to the grid of the DWI
+    assert 2 * (head_a & head_b).sum() / (head_a.sum() + head_b.sum()) > 0.7
+    with pytest.raises(InputError, match="ras.hdr"):  # a small part of another head
+        read_case(Case("p", odd / "ras.hdr", odd / "othergrid_msk.nii.gz", (1,)))
     assert open_volume(odd / "ras.hdr").shape == (62, 41, 34) and open_volume(odd / "norm.mgz").shape == (256, 256, 256)
 
 

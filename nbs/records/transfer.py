@@ -37,7 +37,7 @@ def one(pool, out, source, target, seed):
 
 
 def main(out):
-    pool = read_pool(write_zoo(out / "zoo", "all", 48, 16))
+    pool = read_pool(write_zoo(out / "zoo", "all", 48, 24))
     # a source is trained for the first target and found by the others, so the first target goes first
     for targets in (TARGETS[:1], TARGETS[1:]):
         jobs = [(pool, out, source, target, seed) for target in targets for seed in SEEDS for source in (None, *SOURCES)]
