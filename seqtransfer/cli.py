@@ -101,7 +101,7 @@ def phantom(
     folder = write_zoo(out, like, _size(size), cases, seed, jobs)
     print(f"{folder} is complete; list its tasks with: seqtransfer tasks {folder}")
 
-# %% ../nbs/60_cli.ipynb #11254d53
+# %% ../nbs/60_cli.ipynb #78227c7c
 @app.command()
 def tasks(
     data: Data,
@@ -113,12 +113,13 @@ def tasks(
     "List the tasks of a folder; with [bold]--check[/bold], look for what is wrong with them."
     from seqtransfer.datasets import read_pool, task_table, validate
     pool = read_pool(data, **_wanted(sites, modalities, labels, cases))
-    for name, why in pool.skipped: err_console.print(f"skipped {name}: {why}", markup=False, highlight=False)
+    for name, why in pool.skipped: err_console.print(f"skipped {name}: {why}", markup=False, highlight=False, soft_wrap=True)
     found = validate(pool, target, shots, seed, test) if check else None
     table = found.tasks if check else task_table(pool)
-    show_table(table, f"{len(pool)} tasks in {data}; shape (voxels) and spacing (mm) of the first case", as_json)
+    if check and as_json: print(json.dumps({k: json.loads(v.to_json(orient="records")) for k, v in (("tasks", table), ("problems", found.problems))}, indent=1))
+    else: show_table(table, f"{len(pool)} tasks in {data}; shape (voxels) and spacing (mm) of the first case", as_json)
     if not check: return
-    for p in found.problems.itertuples(): err_console.print(f"{p.severity}: {p.kind}: {p.problem}", markup=False, highlight=False)
+    for p in found.problems.itertuples(): err_console.print(f"{p.severity}: {p.kind}: {p.problem}", markup=False, highlight=False, soft_wrap=True)
     if not found.ok: raise typer.Exit(1)
 
 # %% ../nbs/60_cli.ipynb #3e991e8a
