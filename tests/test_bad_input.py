@@ -49,7 +49,9 @@ def no_image(data):
 
 def other_grid(data):
     file = data / TARGET / "labelsTr" / "lesionb_000.nii.gz"
-    rewrite(file, lambda y: y[:-2])
+    far = nib.load(file).affine.copy()
+    far[0, 3] += 500  # as of another patient; a mask that is only cropped has its image brought to its grid
+    rewrite(file, lambda y: y, far)
     return file.name
 
 
@@ -99,7 +101,7 @@ def test_damage_is_named_by_the_affinity(data, command, damage, tmp_path):
 def test_damage_is_found_by_a_check(data, command, damage):
     named = damage(data)
     code, said = command("tasks", data, "--check")
-    assert code == 1 and "problem: " in said and named in said
+    assert code == 1 and "error: " in said and named in said
 
 
 @pytest.mark.parametrize("args, words", [

@@ -51,7 +51,7 @@ for name, draw in (("procedural", procedural), ("ICBM152 template", template)):
     phantom.bent_grid = bent
     ml = np.array([b.sum((1, 2, 3)) for b in brains]) * GRID.voxel**3 / 1000
     vary = 100 * ml.std(0, ddof=1) / ml.mean(0)
-    rows.append({"brain": name, "GM/WM": f"{(ml[:, 1] / ml[:, 2]).min():.2f} to {(ml[:, 1] / ml[:, 2]).max():.2f}", "CSF varies by (%)": vary[0], "GM (%)": vary[1], "WM (%)": vary[2],
+    rows.append({"brain": name, "GM/WM": f"{(ml[:, 1] / ml[:, 2]).min():.2f} to {(ml[:, 1] / ml[:, 2]).max():.2f}", "CSF varies by (%)": vary[0], "GM varies by (%)": vary[1], "WM varies by (%)": vary[2],
                  "GM overlap, bent (Dice)": overlap(brains, 1), "GM overlap, not bent (Dice)": overlap(unbent, 1), "s a subject": seconds})
 pd.DataFrame(rows).round(2).to_csv(Path(__file__).parent / "template.csv", index=False)
 print(pd.DataFrame(rows).round(2).T)
