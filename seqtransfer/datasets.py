@@ -6,9 +6,8 @@
 __all__ = ['FETS_SOURCES', 'READERS', 'read_fets', 'read_iseg', 'read_wmh', 'read_nnunet', 'read_msd', 'read_manifest',
            'read_pool', 'task_table', 'Validation', 'validate']
 
-# %% ../nbs/01_datasets.ipynb #f5093f93
+# %% ../nbs/01_datasets.ipynb #44e3c5c9
 import csv
-import hashlib
 import io
 import os
 import re
@@ -16,7 +15,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 
 import nibabel as nib
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, nearest, progress, read_json
-from .tasks import Case, Task, TaskPool, covers, open_volume, protocol, read_labels, same_grid, slug, spacing_of, task_name, unread_format, voxel_file
+from .tasks import Case, Task, TaskPool, covers, open_volume, protocol, read_labels, same_grid, slug, spacing_of, task_name, telling, twins, unread_format, voxel_file
 
 # %% ../nbs/01_datasets.ipynb #5b7f32e6
 def _natural(name: str) -> tuple:
@@ -71,7 +70,7 @@ def _tasks(rows, values: tuple = ()) -> tuple:
     for *parts, case in rows: cases.setdefault(tuple(parts), []).append(case)
     return tuple(Task(task_name(*parts), *(slug(p) if p else "" for p in parts), tuple(found), values) for parts, found in cases.items())
 
-# %% ../nbs/01_datasets.ipynb #a82e8631
+# %% ../nbs/01_datasets.ipynb #d0993327
 def _key(text) -> str:
     "How names are compared."
     try: key = slug(text).lower()
@@ -82,7 +81,7 @@ def _key(text) -> str:
 def _chosen(asked, names: list, what: str) -> set:
     "The names that are asked for; raises `InputError` with the nearest for one that is not there."
     out, last = set(), lambda n: n.partition("_")[2] if what == "site" else ""
-    for one in [asked] if isinstance(asked, (str, Integral)) else asked:
+    for one in [asked] if isinstance(asked, (str, Real)) else asked:
         found = {n for n in names if _key(n) == _key(one)} or {n for n in names if last(n) and _key(last(n)) == _key(one)}
         if not found:
             named = [n for n in names if n]
@@ -111,7 +110,7 @@ def _first(task: Task, n: int) -> Task:
     patients = set(list(dict.fromkeys(c.patient for c in task.cases))[:n])
     return replace(task, cases=tuple(c for c in task.cases if c.patient in patients))
 
-# %% ../nbs/01_datasets.ipynb #815643a6
+# %% ../nbs/01_datasets.ipynb #49d123d4
 _READ = (".nii.gz", ".nii", ".hdr", ".img")  # the usual formats, of which nothing more needs to be asked
 
 
@@ -122,15 +121,18 @@ def _refuse(tasks, files):
         other = known.setdefault(t.name.lower(), t)
         if other is not t:
             raise InputError(f"Two tasks are called {other.name} and {t.name}, with the images {other.cases[0].image} and {t.cases[0].image}: "
-                             "rename one of the data sets or labels.")
+                             "rename one of the data sets or labels, or read one of the two data sets alone.")
         twice = [p for p, n in Counter(c.patient for c in t.cases).items() if n > 1]
         if twice: raise InputError(f"The patient {twice[0]} is twice in {t.name}, with the image {t.cases[0].image}: take one of the two out.")
         for case in t.cases:
             for file in case.files:
                 if not file.name.endswith(_READ) and (why := unread_format(file)): raise InputError(f"{file} {why}")
-                if file not in files: raise InputError(f"The file {file} of {case.patient} is missing: restore it, or take that patient out of the data set.")
+                if file not in files:
+                    other = next((f for f in sorted(_files(file.parent)) if f.name.partition(".")[0] == file.name.partition(".")[0] and unread_format(f)), None)
+                    if other: raise InputError(f"{other} {unread_format(other)}")
+                    raise InputError(f"The file {file} of {case.patient} is missing: restore it, or take that patient out of the data set.")
 
-# %% ../nbs/01_datasets.ipynb #0105c0d7
+# %% ../nbs/01_datasets.ipynb #22d74eb3
 def _pooled(root: Path, listings, skipped=(), **wanted) -> TaskPool:
     "The tasks that are wanted of all listings; raises `InputError` when there is none, or whatever `_select` and `_refuse` raise."
     listings = list(listings)
@@ -139,19 +141,23 @@ def _pooled(root: Path, listings, skipped=(), **wanted) -> TaskPool:
     if not tasks:
         said = "; ".join(f"{where}: {why}" for where, why in passed) or "there is no case in it"
         raise InputError(f"{root} holds no case with a label ({said}): give the folder of a data set that has labels.")
-    tasks = _select(tasks, **wanted)
+    tasks, all_tasks = _select(tasks, **wanted), tasks
+    if wanted.get("sites") is not None:
+        passed += [(name, "has no sites, and sites were asked for") for name in dict.fromkeys(t.dataset for t in all_tasks if not t.site)]
     _refuse(tasks, frozenset().union(*(x.files for x in listings)))
     return TaskPool(tuple(tasks), tuple(passed))
 
-# %% ../nbs/01_datasets.ipynb #a91b95ba
-def _search(folder: Path, known, depth: int = 3) -> tuple:
+# %% ../nbs/01_datasets.ipynb #be04ba30
+def _search(folder: Path, known, depth: int = 3, above: tuple = ()) -> tuple:
     "What `known(folder, entries)` says of data sets at most `depth` folders down, as (folder, answer), and the folders in which there is none."
     names = _entries(folder)
     answer = known(folder, names)
     if answer: return [(folder, answer)], []
     found, without = [], []
+    above = (*above, folder.resolve())
     for sub in [folder / n for n in _folders(names)] if depth else []:
-        try: inner, empty = _search(sub, known, depth - 1)
+        if sub.resolve() in above: continue  # a link back up
+        try: inner, empty = _search(sub, known, depth - 1, above)
         except PermissionError: inner, empty = [], []  # a lost+found of the disk
         found += inner
         without += empty if inner else [sub]
@@ -358,7 +364,7 @@ def _described(folder: Path) -> dict:
     if why: raise InputError(f"The file_ending {info['file_ending']} in {file} {why}")
     return info
 
-# %% ../nbs/01_datasets.ipynb #36a4719a
+# %% ../nbs/01_datasets.ipynb #b438b380
 def _is_nnunet(folder: Path, names: dict) -> bool:
     return bool(names.get("labelsTr")) and ("dataset.json" in names or bool(names.get("imagesTr"))) and not _is_msd(folder, names)
 
@@ -370,7 +376,7 @@ def _list_nnunet(folder: Path) -> _Listing:
     inside = lambda sub: [f.name.removesuffix(end) for f in files if f.parent == sub and f.name.endswith(end)]
     images = {n: re.fullmatch(r"(.+)_\d{4}", n) for n in inside(xs)}
     cases = sorted({*inside(ys), *(m[1] for m in images.values() if m)}, key=_natural)  # an image without a label map is refused, not passed over
-    if not cases: raise InputError(f"{folder} has no labels labelsTr/*{end}: check file_ending in its dataset.json.")
+    if not cases: raise InputError(f"{folder} has no labels labelsTr/*{end}: " + (_unread(folder) or "check file_ending in its dataset.json."))
     labels = {k: v for k, v in ((k, _values(v)) for k, v in info["labels"].items()) if v != (0,)}
     ignore = labels.pop("ignore", ())
     if not labels: raise InputError(f"{folder / 'dataset.json'} names no label but background: add the labels that the masks hold.")
@@ -452,7 +458,7 @@ def read_msd(folder,  # one `TaskXX_Name`, or a folder above it
     "The tasks of Medical Segmentation Decathlon data sets; raises `InputError` for an incomplete description, a missing file, or a path that leads out."
     return _read(folder, _is_msd, _list_msd, None, modalities, labels, cases)
 
-# %% ../nbs/01_datasets.ipynb #72e80f48
+# %% ../nbs/01_datasets.ipynb #0c523cfe
 _COLUMNS = ("patient", "image", "mask", "modality", "site", "label")
 
 
@@ -468,6 +474,7 @@ def _manifest_row(file: Path, row: int, cells: dict, present) -> tuple:
         path = file.parent / cells[column]
         if path not in present(path.parent): raise refuse(f"there is no {column} {path}", "restore the file or correct the cell")
         paths.append(path)
+    if paths[0] == paths[1]: raise refuse(f"image and mask are the same file {paths[0]}", "name the label map in the column mask")
     values = {}
     for column in ("value", "ignore"):
         text = cells.get(column, "")
@@ -645,7 +652,7 @@ def _task_row(task: Task, masks) -> dict:
     return {"task": task.name, "patients": len(task.patients), **grid, "empty masks": int((cm3 == 0).sum()),
             "median cm3": cm3.median(), "least cm3": cm3.min(), "most cm3": cm3.max()}
 
-# %% ../nbs/01_datasets.ipynb #ec607760
+# %% ../nbs/01_datasets.ipynb #4ce08995
 def _empty_problems(pool, masks) -> list:
     "Tasks with patients who do not have the label."
     rows = []
@@ -666,57 +673,39 @@ def _shared_patients(pool) -> list:
     for t in pool:
         for p in t.patients: tasks.setdefault(p, []).append(t.name)
     groups = Counter(tuple(names) for names in tasks.values() if len(names) > 1)
-    said = lambda names, n: f"{n} patients are in {len(names)} tasks ({_some(names)}): those who are tested are removed from every source."
-    return [("note", "shared patients", names[0], "", said(names, n)) for names, n in groups.items()]
+    file = {t.name: t.cases[0].image for t in pool}
+    said = lambda names, n: (f"{n} patient{'s are' if n > 1 else ' is'} in {len(names)} tasks ({_some(names)}; the first image is {file[names[0]]}): "
+                             "those who are tested are removed from every source.")
+    return [("note", "shared patients", names[0], str(file[names[0]]), said(names, n)) for names, n in groups.items()]
 
-# %% ../nbs/01_datasets.ipynb #822b0a4e
-def _middle(path: Path) -> bytes:
-    with open(path, "rb") as f:
-        f.seek(max(0, path.stat().st_size // 2 - 2**15))
-        return f.read(2**16)
-
-
-def _whole(path: Path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _twins(pool) -> dict:
-    "{image: the first image that is equal to it byte for byte}, where there is one besides itself."
-    stored = {c.image: voxel_file(c.image) for t in pool for c in t.cases}
-    groups = [[image for image, file in stored.items() if file.is_file()]]
-    for key in (lambda path: path.stat().st_size, _middle, _whole):
-        apart = [{} for _ in groups]
-        for group, parts in zip(groups, apart):
-            for image in group: parts.setdefault(key(stored[image]), []).append(image)
-        groups = [g for parts in apart for g in parts.values() if len(g) > 1]
-    return {image: group[0] for group in groups for image in group}
-
-# %% ../nbs/01_datasets.ipynb #19d68916
-def _copies(pool, twins: dict) -> list:
-    "Images that belong to several patients."
-    owners = {}
+# %% ../nbs/01_datasets.ipynb #1ee0ab6b
+def _copies(pool, masks: dict) -> list:
+    "Files that belong to several patients."
+    owners, named, same = {}, {}, {}
     for t in pool:
-        for c in t.cases: owners.setdefault(twins.get(c.image, c.image), {}).setdefault(c.patient, (c.image, t.name))
-    rows = []
-    for found in owners.values():
-        (a, (first, _)), *others = found.items()
-        rows += [("error", "copies", task, str(image), f"{image} of {b} is, byte for byte, {first} of {a}: take one of the two patients out.")
-                 for b, (image, task) in others]
+        for c in t.cases:
+            for f in (c.image, c.mask):
+                owners.setdefault(voxel_file(f), set()).add((t.name, c.patient))
+                named.setdefault(voxel_file(f), (f, c.patient, t.name))
+    for f, first in twins(named).items(): same.setdefault(first, []).append(f)
+    rows, label_maps = [], {voxel_file(mask) for mask in masks}
+    for group in same.values():
+        if group[0] in label_maps and not telling(group[0], set().union(*(owners[f] for f in group))): continue
+        first, a, _ = named[group[0]]
+        for file, b, task in map(named.get, group[1:]):
+            if a != b: rows.append(("error", "copies", task, str(file), f"{file} of {b} is, byte for byte, {first} of {a}: take one of the two patients out."))
     return rows
 
 
-def _split_problems(pool, target, shots, seed, test, twins: dict) -> list:
-    "Images that are tested and trained on in the split of `protocol`."
+def _split_problems(pool, target, shots, seed, test) -> list:
+    "What is wrong with the split of `protocol`, or what it is."
     try: p = protocol(pool, target, shots, seed, test)
-    except InputError as e:
-        copies = [str(c.image) for c in pool[target].cases if c.image in twins]
-        return [("error", "split", target, copies[0], f"{str(e).rstrip('.')} (copies: {_some(copies)}).") if copies else ("error", "split", target, "", str(e))]
-    tested = {twins.get(c.image, c.image): c.image for c in p.test.cases}
-    found = {c.image: (t.name, tested[twins.get(c.image, c.image)]) for t in (p.train, *p.sources) for c in t.cases if twins.get(c.image, c.image) in tested}
-    return [("error", "split", task, str(image), f"{image} of {task} is, byte for byte, {other}, on which {target} is tested: take one of the two out.")
-            for image, (task, other) in found.items()]
+    except InputError as e: return [("error", "split", target, str(pool[target].cases[0].image), f"{str(e).rstrip('.')} (the first image of {target} is {pool[target].cases[0].image}).")]
+    first = p.test.cases[0].image
+    return [("note", "split", target, str(first), f"{p.shots} patients of {target} would be trained on and {len(p.test.patients)} tested, the first {first}: "
+             f"{sum(p.removed.values())} of their cases are removed from {len(p.removed)} sources.")]
 
-# %% ../nbs/01_datasets.ipynb #05cb5ff9
+# %% ../nbs/01_datasets.ipynb #6bbefc82
 @dataclass(frozen=True)
 class Validation:
     "What reading every file of a pool found."
@@ -735,12 +724,11 @@ def validate(pool: TaskPool,  # what `read_pool` returned
              seed: int = 0,  # decides who they are
              test: int | None = None,  # test patients; all others when None
             ) -> Validation:  # a table of tasks and one of problems
-    "Reads every file once and collects what is wrong, errors first; raises `InputError` only for a target that is not in the pool."
+    "Reads every file and collects what is wrong, errors first; raises `InputError` only for a target that is not in the pool."
     if target is not None: pool[target]
     images, masks = _check_files(pool)
-    twins = _twins(pool)
     rows = [*_file_problems(pool, images, masks), *_grid_problems(pool, images, masks), *_empty_problems(pool, masks),
-            *_shared_patients(pool), *_copies(pool, twins)]
-    if target is not None: rows += _split_problems(pool, target, shots, seed, test, twins)
+            *_shared_patients(pool), *_copies(pool, masks)]
+    if target is not None: rows += _split_problems(pool, target, shots, seed, test)
     problems = pd.DataFrame(sorted(rows, key=lambda row: row[0]), columns=["severity", "kind", "task", "file", "problem"])
     return Validation(pd.DataFrame([_task_row(t, masks) for t in pool]), problems)

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['UNREAD', 'voxel_file', 'Case', 'Task', 'TaskPool', 'slug', 'task_name', 'task_parts', 'Opened', 'unread_format',
            'open_volume', 'spacing_of', 'read_labels', 'Volume', 'displacement', 'same_grid', 'covers', 'read_case',
-           'read_task', 'foreground', 'zscore', 'Protocol', 'copies_of', 'protocol']
+           'read_task', 'foreground', 'zscore', 'Protocol', 'twins', 'copies_of', 'telling', 'protocol']
 
-# %% ../nbs/00_tasks.ipynb #73f37153
-import filecmp
+# %% ../nbs/00_tasks.ipynb #296b553b
+import hashlib
 import re
 import shlex
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import nibabel as nib
@@ -24,13 +23,13 @@ from skimage.filters import threshold_otsu
 
 from .core import InputError, nearest, progress, seed_for
 
-# %% ../nbs/00_tasks.ipynb #7f990e30
+# %% ../nbs/00_tasks.ipynb #66811f46
 def voxel_file(path: Path,  # an image file
               ) -> Path:  # of a pair the `.img`, else `path`
     "The file that holds the voxels: of a pair, the `.hdr` is what is named and opened."
     return path.with_suffix(".img") if path.suffix == ".hdr" else path
 
-
+# %% ../nbs/00_tasks.ipynb #bfdbdfc8
 @dataclass(frozen=True)
 class Case:
     "One patient's image and mask on disk; nothing is read until `read_case`."
@@ -56,7 +55,7 @@ class Case:
         "The files that hold the voxels: of a pair, `.hdr` and `.img`."
         return tuple(dict.fromkeys(f for path in (Path(self.image), Path(self.mask)) for f in (path, voxel_file(path))))
 
-
+# %% ../nbs/00_tasks.ipynb #8795f45e
 @dataclass(frozen=True)
 class Task:
     "One binary segmentation problem (Yang et al. 2024, section 3)."
@@ -125,7 +124,7 @@ def task_parts(name: str,  # of a task
         raise InputError(f"{name!r} is no task's name: it needs data set, modality and label, or data set, site, modality and label, joined by hyphens.")
     return tuple(parts) if len(parts) == 4 else (parts[0], "", *parts[1:])
 
-# %% ../nbs/00_tasks.ipynb #b34581cf
+# %% ../nbs/00_tasks.ipynb #95d2bd92
 class _Turned:
     "Voxels on disk, one channel of them, that are read and brought to canonical orientation when an array is asked for."
 
@@ -133,7 +132,7 @@ class _Turned:
 
     def __array__(self, dtype=None, copy=None):
         data = self._img.dataobj
-        x = np.asanyarray(data[..., self._channel] if self._channel is not None else data)
+        x = np.asanyarray(data if self._channel is None else data[(slice(None),) * 3 + (self._channel,) + (0,) * (len(self._img.shape) - 4)])
         x = nib.orientations.apply_orientation(x.reshape(self._img.shape[:3]), self._turn)
         return x if dtype is None else x.astype(dtype, copy=False)
 
@@ -203,7 +202,7 @@ def spacing_of(affine: np.ndarray,  # voxel-to-world matrix (4, 4), mm
     "The voxel size in mm, from the lengths of the matrix' columns."
     return tuple(float(s) for s in nib.affines.voxel_sizes(affine))
 
-# %% ../nbs/00_tasks.ipynb #6b2f42c5
+# %% ../nbs/00_tasks.ipynb #05661dcb
 def _array(img, path) -> np.ndarray:  # HWD in the type it was stored in, finite
     try:
         x = np.asarray(img.dataobj)
@@ -218,10 +217,14 @@ def _array(img, path) -> np.ndarray:  # HWD in the type it was stored in, finite
 
 def read_labels(path,  # file of a label map
                ) -> tuple:  # (HWD integers, voxel-to-world matrix (4, 4) in mm), canonical orientation
-    "Reads a label map, rounding its values; raises `InputError` naming the file that is missing, damaged or not finite."
+    "Reads a label map, rounding its values; raises `InputError` naming the file that is missing, damaged, not finite, or no label map."
     img = open_volume(path)
     x = _array(img, path)
-    return (np.rint(x).astype(np.int32) if x.dtype.kind == "f" else x), img.affine
+    if x.dtype.kind != "f": return x, img.affine
+    whole = np.rint(x)
+    if (far := np.abs(x - whole)).max() > 0.1:
+        raise InputError(f"{path} holds {x.flat[far.argmax()]:g} and a label map holds whole numbers: write it anew, or name another file as the mask.")
+    return whole.astype(np.int32), img.affine
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,7 @@ def zscore(image: np.ndarray,  # HWD, raw intensities
     if sd > 0: out[foreground] = (inside - inside.mean()) / sd
     return out
 
-# %% ../nbs/00_tasks.ipynb #bad5ed47
+# %% ../nbs/00_tasks.ipynb #fc794b19
 @dataclass(frozen=True)
 class Protocol:
     "Who may be trained on and who is tested, for one target, number of shots and seed."
@@ -349,18 +352,58 @@ def _only(task: Task, patients) -> Task:
     return replace(task, cases=tuple(c for c in task.cases if c.patient in keep))
 
 
-def copies_of(cases,  # the test cases
-              pool,  # tasks to look through
-             ) -> set:  # patients of the pool, under whatever name
-    "The patients of whom an image file is a copy, byte for byte, of a test case's; only files of equal size are compared."
-    voxels = lambda c: voxel_file(Path(c.image))  # the headers of a pair may well be equal
-    size = lambda path: path.stat().st_size if path.exists() else None
-    tested = {}
-    for c in cases: tested.setdefault(size(voxels(c)), set()).add(voxels(c))
-    return {c.patient for t in pool for c in t.cases for other in tested.get(size(voxels(c)), ())
-            if size(voxels(c)) is not None and (voxels(c) == other or filecmp.cmp(voxels(c), other, shallow=False))}
+@lru_cache(maxsize=65536)
+def _whole(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_tasks.ipynb #6ab86171
+
+def _pieces(path: Path) -> tuple:
+    "Three short pieces of a file, by which different files are nearly always told apart."
+    size = path.stat().st_size
+    with open(path, "rb") as f: return tuple((f.seek(size * k // 4), f.read(4096))[1] for k in (1, 2, 3))
+
+
+def twins(files,  # of Path
+         ) -> dict:  # {file: the first file with the same bytes}, for files that have such another
+    "Files that are equal byte for byte: those of equal size are compared by three pieces, and only those that agree in them as a whole."
+    groups = [[f for f in dict.fromkeys(files) if f.is_file()]]
+    for key in (lambda f: f.stat().st_size, _pieces, lambda f: _whole(f, f.stat().st_size, f.stat().st_mtime_ns)):
+        apart = [{} for _ in groups]
+        for group, parts in zip(groups, apart):
+            for f in group: parts.setdefault(key(f), []).append(f)
+        groups = [g for parts in apart for g in parts.values() if len(g) > 1]
+    return {f: group[0] for group in groups for f in group}
+
+# %% ../nbs/00_tasks.ipynb #e41556a1
+def copies_of(patients,  # names of some patients
+              pool,  # tasks that hold their cases and others
+             ) -> dict:  # {other patient: (a file of theirs, the file of which it is a copy)}
+    "The patients who are one of `patients` under another name: an image, or a mask that tells who it is (`telling`), is the same byte for byte."
+    owners, masks = {}, set()
+    for t in pool:
+        for c in t.cases:
+            for f in (Path(c.image), Path(c.mask)): owners.setdefault(voxel_file(f), set()).add((t.name, c.patient))
+            masks.add(voxel_file(Path(c.mask)))
+    theirs = {f: f.stat().st_size for f, who in owners.items() if f.is_file() and any(p in patients for _, p in who)}
+    sizes, same = set(theirs.values()), {f: [f] for f in theirs}  # one file may have two owners, and so may two equal files
+    for f, first in twins(f for f in owners if f in theirs or f.is_file() and f.stat().st_size in sizes).items(): same.setdefault(first, []).append(f)
+    out = {}
+    for group in same.values():
+        who, tested = set().union(*(owners[f] for f in group)), [f for f in group if f in theirs]
+        if not tested or {p for _, p in who} <= set(patients) or group[0] in masks and not telling(group[0], who): continue
+        out |= {p: (f, tested[0]) for f in group for _, p in owners[f] if p not in patients}
+    return out
+
+
+def telling(mask: Path,  # the file of a label map's voxels
+            owners,  # (task, patient) of every file that is equal to it
+           ) -> bool:  # False where two patients of one task have it, and for fewer than 100 labelled voxels
+    "Whether two patients with this mask must be one: not if several of one task share it, as in made-up data, nor if it is empty or hardly more."
+    if len({t for t, _ in owners}) < len(set(owners)): return False
+    try: return np.count_nonzero(read_labels(mask.with_suffix(".hdr") if mask.suffix == ".img" else mask)[0]) >= 100
+    except InputError: return True  # what cannot be read is said when it is used
+
+# %% ../nbs/00_tasks.ipynb #72d9e40f
 def protocol(pool: TaskPool,  # sources and target
              target: str,  # name of the target task
              shots: int = 3,  # labelled patients of the target to train on
@@ -379,12 +422,12 @@ def protocol(pool: TaskPool,  # sources and target
     rng = np.random.default_rng(seed_for(seed, "split", task.dataset, task.site))
     order = [patients[i] for i in rng.permutation(len(patients))]
     tested = set(order[shots:need] if test is not None else order[shots:])
-    twins = copies_of(_only(task, tested).cases, [_only(task, order[:shots])])
-    if twins:
-        file = next(c.image for c in task.cases if c.patient in twins)
-        raise InputError(f"The image {file} of {min(twins)} is a copy of a test case's in {target}, so that the network would be tested on what it was trained on: "
-                         "take one of the two out of the data set.")
-    leaked = tested | copies_of(_only(task, tested).cases, (t for t in pool if t.name != target))
+    copies = copies_of(tested, pool)
+    for who in order[:shots]:
+        if who in copies:
+            raise InputError(f"The file {copies[who][0]} of {who} is a copy of the test case's {copies[who][1]} in {target}, so that the network would be tested on what it "
+                             "was trained on: take one of the two out of the data set.")
+    leaked = tested | set(copies)
     sources = {t.name: _only(t, set(t.patients) - leaked) for t in pool if t.name != target}
     kept = tuple(t for t in sources.values() if len(t))
     if not kept: raise InputError(f"No source is left for {target}: put a second data set beside it in the folder.")
