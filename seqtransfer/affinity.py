@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS', 'PRESETS', 'TERMS', 'sample', 'signature', 'signatures', 'case_pairs', 'pair_table', 'task_means',
            'compute_terms', 'Affinity', 'scales', 'preset_weights', 'affinity']
 
-# %% ../nbs/12_affinity.ipynb #be6df82f
+# %% ../nbs/12_affinity.ipynb #68e87055
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def signatures(pool,  # the tasks
     found = {c: s for part in parts for c, s in part.items()}
     return {c: (image, found[owner[c.mask_key]][1]) for c, (image, _) in found.items()}
 
-# %% ../nbs/12_affinity.ipynb #e172d31a
+# %% ../nbs/12_affinity.ipynb #f01e2f7e
 def case_pairs(a,  # cases of one task
                b,  # cases of another
                same_patient: bool,  # only pairs of one patient, or only pairs of two; where there are none, all pairs
@@ -86,11 +86,11 @@ def pair_table(samples: dict,  # task -> its sampled cases
                paper: bool,  # same-patient pairs within a data set and site
               ) -> dict:  # (p, q) -> (cases of p, cases of q), positions p < q in `samples`
     "The pairs of cases of every two tasks."
-    tasks, table = list(samples), {}
+    tasks, chosen, table = list(samples), list(samples.values()), {}  # to look a task of many cases up would hash all of them each time
     for q, b in enumerate(tasks):
         for p, a in enumerate(tasks[:q]):
-            i, j = case_pairs(samples[a], samples[b], paper and (a.dataset, a.site) == (b.dataset, b.site))
-            table[p, q] = [samples[a][k] for k in i], [samples[b][k] for k in j]
+            i, j = case_pairs(chosen[p], chosen[q], paper and (a.dataset, a.site) == (b.dataset, b.site))
+            table[p, q] = [chosen[p][k] for k in i], [chosen[q][k] for k in j]
     return table
 
 # %% ../nbs/12_affinity.ipynb #c9cb5e83

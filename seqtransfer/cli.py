@@ -58,7 +58,7 @@ Sources = Annotated[int, typer.Option(help="Number of sources along the path.")]
 Top = Annotated[int, typer.Option(help="Number of candidate paths to show.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
 
-# %% ../nbs/60_cli.ipynb #bf0f0783
+# %% ../nbs/60_cli.ipynb #55e7872d
 Sites = Annotated[Optional[str], typer.Option("--sites", help="Read only these institutions or sites, separated by commas, e.g. 1,4,16.", rich_help_panel="What to read")]
 Modalities = Annotated[Optional[str], typer.Option("--modalities", help="Read only these modalities, e.g. T2,FLAIR.", rich_help_panel="What to read")]
 Labels = Annotated[Optional[str], typer.Option("--labels", help="Read only these labels, e.g. ED,ET.", rich_help_panel="What to read")]
@@ -67,8 +67,10 @@ Cases = Annotated[Optional[int], typer.Option("--cases", min=1, help="Read only 
 
 def _wanted(sites, modalities, labels, cases) -> dict:
     "The options of `read_pool` that were given."
-    split = lambda text: [part.strip() for part in text.split(",") if part.strip()] if text else None
+    split = lambda text: None if text is None else [part.strip() for part in text.split(",") if part.strip()]
     asked = {"sites": split(sites), "modalities": split(modalities), "labels": split(labels), "cases": cases}
+    empty = next((k for k, v in asked.items() if v == []), None)
+    if empty: raise InputError(f"--{empty} names nothing: give names separated by commas, or leave it out to read everything.")
     return {k: v for k, v in asked.items() if v}
 
 # %% ../nbs/60_cli.ipynb #09413ea4
@@ -86,7 +88,7 @@ def _version(asked: bool):
 @app.callback()
 def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False): pass
 
-# %% ../nbs/60_cli.ipynb #c0f303da
+# %% ../nbs/60_cli.ipynb #339deea2
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
@@ -98,10 +100,11 @@ def phantom(
 ):
     "Write a zoo of phantom brain-MRI data sets, to try everything on; interrupted, the same command goes on."
     from seqtransfer.zoo import write_zoo
-    folder = write_zoo(out, like, _size(size), cases, seed, jobs)
+    try: folder = write_zoo(out, like, _size(size), cases, seed, jobs)
+    except KeyboardInterrupt: raise RunError(f"Interrupted: what is drawn waits beside {out}, and the same command goes on.") from None
     print(f"{folder} is complete; list its tasks with: seqtransfer tasks {folder}")
 
-# %% ../nbs/60_cli.ipynb #78227c7c
+# %% ../nbs/60_cli.ipynb #bb11f282
 @app.command()
 def tasks(
     data: Data,
@@ -112,6 +115,7 @@ def tasks(
 ):
     "List the tasks of a folder; with [bold]--check[/bold], look for what is wrong with them."
     from seqtransfer.datasets import read_pool, task_table, validate
+    if target and not check: raise InputError(f"--target {target} is looked at by --check only: add it.")
     pool = read_pool(data, **_wanted(sites, modalities, labels, cases))
     for name, why in pool.skipped: err_console.print(f"skipped {name}: {why}", markup=False, highlight=False, soft_wrap=True)
     found = validate(pool, target, shots, seed, test) if check else None

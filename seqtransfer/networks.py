@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Plan', 'plan_for', 'prepare', 'restore', 'device', 'build_network', 'save_network', 'load_network']
 
-# %% ../nbs/30_networks.ipynb #9b3d2480
-from dataclasses import asdict, dataclass
+# %% ../nbs/30_networks.ipynb #0753d108
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

@@ -307,10 +307,10 @@ class Site:
     slices: float = 3.0  # full width at half maximum of the slice profile, mm
     tissue: dict = field(default_factory=dict)  # c: factors on the brightness of single tissues
 
-# %% ../nbs/02_phantom.ipynb #81300bd9
+# %% ../nbs/02_phantom.ipynb #8d9d67b3
 def mixture(fractions: np.ndarray,  # 9HWD, order of `TISSUES`
             table: dict,  # tissue -> relative brightness, one row of `CONTRAST`
-            site: Site,  # tissue factors and gamma
+            site: Site,  # its tissue factors
             rng: np.random.Generator,  # the patient's jitter
            ) -> np.ndarray:  # HWD: noiseless relative brightness times the brain fraction
     "The sum over tissues of the signal model, with a jitter of 3 % for each tissue of each patient."

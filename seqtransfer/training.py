@@ -6,7 +6,7 @@
 __all__ = ['Stage', 'data_digest', 'stage_name', 'patch_transform', 'prepare_task', 'positive_weight', 'IgnoringLoss', 'train',
            'Trained', 'run_stage']
 
-# %% ../nbs/31_training.ipynb #f80486c5
+# %% ../nbs/31_training.ipynb #d229fae5
 import hashlib
 import time
 from dataclasses import asdict, dataclass
@@ -17,10 +17,10 @@ import monai
 import numpy as np
 import pandas as pd
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceLoss
 from monai.transforms import Compose, FgBgToIndicesd, RandCropByPosNegLabeld, RandFlipd, RandScaleIntensityd, RandShiftIntensityd, SpatialPadd
 
-from .core import InputError, code_digest, digest, progress, read_json, replacing, seed_for, write_json
+from .core import InputError, code_digest, digest, progress, read_json, seed_for, write_json
 from .networks import Plan, build_network, device, load_network, prepare, save_network
 from .tasks import Task, read_case
 
@@ -71,20 +71,21 @@ def patch_transform(plan: Plan,  # decides the patch
         RandShiftIntensityd("image", offsets=0.1, prob=0.5),
     ]).set_random_state(seed)
 
-# %% ../nbs/31_training.ipynb #60094318
+# %% ../nbs/31_training.ipynb #d145dbd4
 def prepare_task(task: Task,  # to be trained on
                  plan: Plan,  # of the target
                 ) -> list:  # of dicts: image, mask (1, 0, -1 where ignored) as 1HWD tensors, and the voxels to centre on
     "Reads a task, case by case, and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds the label."
-    index, out = FgBgToIndicesd("mask"), []
+    index, chance, out = FgBgToIndicesd("mask"), np.random.default_rng(0), []
     for case in progress(task.cases, f"reading {task.name}"):
         image, mask = (x.as_tensor().contiguous() for x in prepare(read_case(case), plan))
-        out.append(index({"mask": mask > 0}) | {"image": image, "mask": mask})
+        voxels = {k: v if len(v) <= 100_000 else chance.choice(v, 100_000, replace=False) for k, v in index({"mask": mask > 0}).items() if k != "mask"}
+        out.append({"image": image, "mask": mask.to(torch.int8), **voxels})
     if not any((d["mask"] > 0).any() for d in out):
         raise InputError(f"No mask of {task.name} holds its label at the target's spacing of {plan.spacing} mm: leave the task out, or ask for more shots or another seed.")
     return out
 
-# %% ../nbs/31_training.ipynb #1ccdeea3
+# %% ../nbs/31_training.ipynb #f24482bc
 def positive_weight(data: list,  # what `prepare_task` returned
                    ) -> float:  # between 1 and 50
     "How much more a voxel of the label counts in the cross-entropy: 0.05 over the label's share of the voxels."
@@ -97,13 +98,16 @@ class IgnoringLoss(torch.nn.Module):
 
     def __init__(self, weight: float):  # of the label's voxels in the cross-entropy
         super().__init__()
-        self.loss = DiceCELoss(sigmoid=True, batch=True, weight=torch.tensor([weight], device=device()))
+        self.dice = DiceLoss(sigmoid=True, batch=True)
+        self.entropy = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([weight], device=device()))
 
     def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # a scalar
         "The loss over the voxels that count."
-        return self.loss(logits.masked_fill(mask < 0, -30.0), mask.clamp(min=0))
+        x, y = logits.masked_fill(mask < 0, -30.0), mask.clamp(min=0)
+        counted = (mask >= 0).sum().clamp(min=1)  # the mean of the cross-entropy is over these alone
+        return self.dice(x, y) + self.entropy(x, y) * (mask.numel() / counted)
 
-# %% ../nbs/31_training.ipynb #c96fbf96
+# %% ../nbs/31_training.ipynb #7d83062d
 def train(net: torch.nn.Module,  # starts from the weights it has
           data: list,  # what `prepare_task` returned
           stage: Stage,  # steps, learning rate, seed
@@ -118,7 +122,7 @@ def train(net: torch.nn.Module,  # starts from the weights it has
     losses = []
     for _ in progress(range(stage.steps), f"training on {stage.task.name}"):
         batch = [draw(data[i])[0] for i in order.integers(len(data), size=plan.batch)]
-        x, y = (torch.stack([b[k].as_tensor() for b in batch]).to(device()) for k in ("image", "mask"))
+        x, y = (torch.stack([b[k].as_tensor() for b in batch]).to(device()).float() for k in ("image", "mask"))
         optimiser.zero_grad(set_to_none=True)
         loss = criterion(net(x), y)
         loss.backward(); optimiser.step(); schedule.step()

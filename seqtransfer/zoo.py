@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'LIKE', 'stored', 'save_volume', 'cohort_sizes', 'write_zoo', 'demo_zoo']
 
-# %% ../nbs/03_zoo.ipynb #7dc6eb23
+# %% ../nbs/03_zoo.ipynb #14fb2738
 import gzip
 import io
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from filelock import FileLock
-from joblib import Parallel, delayed
+from filelock import FileLock, Timeout
+from joblib import Parallel, cpu_count, delayed
 
 from . import __version__
-from .core import InputError, cache_folder, code_digest, digest, progress, read_json, replacing, seed_for, writable, write_json
-from .phantom import DEMO, FETS, ISEG, WMH2017, Cohort, Grid, grid_of, patient
+from .core import InputError, cache_folder, code_digest, digest, progress, read_json, replacing, writable, write_json
+from .phantom import DEMO, FETS, ISEG, WMH2017, Grid, grid_of, patient
 
 # %% ../nbs/03_zoo.ipynb #b9792a95
 def stored(voxels: np.ndarray,  # HWD, right-anterior-superior
@@ -64,8 +65,8 @@ def _save_nnunet(root, p):
         save_volume(here / "imagesTr" / f"{name}_{channel:04d}.nii.gz", stored(p.image(modality), p.grid))
     save_volume(here / "labelsTr" / f"{name}.nii.gz", stored(p.labels, p.grid))
 
-# %% ../nbs/03_zoo.ipynb #bc883759
-_NUMBERS = np.random.default_rng(2022).permutation(10_000)
+# %% ../nbs/03_zoo.ipynb #8548bd38
+_NUMBERS = np.random.default_rng(2022).permutation(100_000)
 
 
 def _subject(cohort, index): return f"FeTS2022_{_NUMBERS[index * len(FETS) + FETS.index(cohort)]:05d}"
@@ -134,7 +135,7 @@ def _describe_iseg(root, sizes, shape, seed):
 
 def _describe_wmh(root, sizes, shape, seed): "Its folders say everything."
 
-# %% ../nbs/03_zoo.ipynb #2cb95116
+# %% ../nbs/03_zoo.ipynb #25479c62
 LAYOUTS = {"fets2022": (FETS, _save_fets, _describe_fets), "iseg2019": (ISEG, _save_iseg, _describe_iseg),
            "wmh2017": (WMH2017, _save_wmh, _describe_wmh), "nnunet": (DEMO, _save_nnunet, _describe_nnunet)}
 LIKE = (*LAYOUTS, "all")
@@ -154,10 +155,11 @@ def cohort_sizes(like: str,  # one of `LIKE`
         raise InputError(f"cases={cases!r} is no number of patients: give a number from 1, or paper, or paper/10 for a tenth of the real numbers.")
     if kind == "paper" and like == "nnunet":
         raise InputError("The nnunet zoo stands for no real data set, so cases='paper' has no meaning: give a number.")
+    if int(number) > 10_000: raise InputError(f"cases={cases!r} is more than the data sets' numbers have digits for: ask for at most 10000.")
     size = lambda cohort: max(4, -(-cohort.real // int(number))) if kind == "paper" else int(number)
     return {layout: [(cohort, size(cohort)) for cohort in LAYOUTS[layout][0]] for layout in _layouts(like)}
 
-# %% ../nbs/03_zoo.ipynb #a670299a
+# %% ../nbs/03_zoo.ipynb #f4ed66f7
 def _draw(root, layout, cohort, index, shape, seed):
     "Draws one patient, unless it was complete in an earlier attempt."
     done = root / ".drawn" / f"{cohort.key}-{index}"
@@ -171,7 +173,7 @@ def _holds(folder: Path, parameters: dict) -> bool:
     "Whether `folder` is the zoo of these parameters, complete."
     if not (folder / "zoo.json").is_file(): return False
     told = read_json(folder / "zoo.json")
-    return told == parameters | {"files": told.get("files")} and _files(folder) >= told["files"]
+    return isinstance(told, dict) and told == parameters | {"files": told.get("files")} and _files(folder) >= told["files"]
 
 
 def _files(folder: Path) -> int: return sum(path.is_file() for path in folder.rglob("*"))
@@ -189,24 +191,29 @@ def write_zoo(out,  # folder to write into; new, empty, or holding this very zoo
     parameters = dict(like=like, size=list(grid.shape), cases=str(cases), seed=int(seed), version=__version__, code=code_digest("core", "phantom", "zoo"))
     if _holds(out, parameters): return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not this phantom zoo: choose another folder or delete it first.")
-    part = writable(out.parent) / f".{out.name}-{digest(parameters)}"
-    lock = FileLock(f"{part}.lock")  # of two processes that want one zoo, the second waits and finds it
+        raise InputError(f"{out} exists and is not this phantom zoo, of these parameters and this version: choose another folder or delete it first.")
+    lock = FileLock(writable(cache_folder() / "locks") / f"{digest(str(out))}.lock")  # of two processes that want one zoo, the second waits and finds it
+    try: lock.acquire(timeout=2)
+    except Timeout:
+        print(f"Another process is drawing {out}: waiting for it.", file=sys.stderr, flush=True)
+        lock.acquire()
     try:
-        with lock:
-            if not _holds(out, parameters): _write(part, out, sizes, grid, seed, jobs, parameters)
-    finally: Path(lock.lock_file).unlink(missing_ok=True)
+        if not _holds(out, parameters): _write(writable(out.parent) / f".{out.name}.part", out, sizes, grid, seed, jobs, parameters)
+    finally: lock.release()
     return out
 
-# %% ../nbs/03_zoo.ipynb #46e38b87
+# %% ../nbs/03_zoo.ipynb #b47fc716
 def _write(part, out, sizes, grid, seed, jobs, parameters):
+    begun = part / "zoo.json"  # says whose patients lie there; another zoo's are no use
+    if part.exists() and not (begun.is_file() and read_json(begun) == parameters): shutil.rmtree(part)
+    write_json(begun, parameters)
     todo = [(part, layout, cohort, i, grid.shape, seed) for layout, group in sizes.items() for cohort, n in group for i in range(n)]
-    jobs = jobs or (os.cpu_count() if len(todo) * np.prod(grid.shape) > 3e6 else 1)
+    jobs = jobs or (cpu_count() if len(todo) * np.prod(grid.shape) > 3e6 else 1)
     drawn = Parallel(jobs, return_as="generator_unordered")(delayed(_draw)(*job) for job in todo)
     for _ in progress(drawn, "drawing patients", len(todo)): pass
     for layout, group in sizes.items(): LAYOUTS[layout][2](part, group, grid.shape, seed)
     shutil.rmtree(part / ".drawn", ignore_errors=True)
-    write_json(part / "zoo.json", parameters | {"files": _files(part) + 1})
+    write_json(begun, parameters | {"files": _files(part)})
     try: os.rename(part, out)
     except OSError as e: raise InputError(f"{out} was taken by something else ({e.strerror}): choose another folder.") from e
 

@@ -61,7 +61,7 @@ def test_two_processes_write_the_same_bytes_and_a_killed_one_goes_on(tmp_path):
     bytes_of = lambda folder: {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     whole = write_zoo(tmp_path / "whole", "wmh2017", 20, 6, jobs=2)
     process = subprocess.Popen([*COMMAND, "phantom", str(tmp_path / "zoo"), *args], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    parts = lambda: [p for p in tmp_path.glob(".zoo-*") if p.is_dir()]
+    parts = lambda: [p for p in tmp_path.glob(".zoo.part") if p.is_dir()]
     while process.poll() is None and not (parts() and len(list(parts()[0].glob(".drawn/*"))) >= 5): time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -86,6 +86,19 @@ def test_pairs_and_ignored_voxels_are_trained_on_and_tested(everything, tmp_path
         assert sorted(result.cases.groupby("arm").patient.nunique()) == [2, 2] and result.cases.dice.between(0, 1).all()
     split = protocol(pool, "iseg-T1-GM", shots=2)
     assert split.removed == {"iseg-T1-WM": 2}  # the headers of all subjects are equal, their images are not
+
+
+def test_a_process_that_waits_and_is_killed_leaves_the_lock_to_the_one_that_draws(tmp_path):
+    args = [*COMMAND, "phantom", str(tmp_path / "zoo"), "--like", "wmh2017", "--size", "24", "--cases", "8", "--jobs", "1"]
+    quiet = dict(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(args, **quiet)
+    while first.poll() is None and not list(tmp_path.glob(".zoo.part/.drawn/*")): time.sleep(0.01)
+    second = subprocess.Popen(args, **quiet)
+    time.sleep(1)
+    second.kill()
+    third = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    assert (first.wait(), third.returncode) == (0, 0), third.stderr
+    assert sorted(os.listdir(tmp_path)) == ["zoo"]
 
 
 def test_names_by_content_see_pairs_channels_and_ignored_values(everything, tmp_path):

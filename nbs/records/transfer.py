@@ -37,12 +37,11 @@ def one(pool, out, source, target, seed):
 
 
 def main(out):
-    pool = read_pool(write_zoo(out / "zoo", "all", 48, 24))
+    rows, pool = [], read_pool(write_zoo(out / "zoo", "all", 48, 24))
     # a source is trained for the first target and found by the others, so the first target goes first
     for targets in (TARGETS[:1], TARGETS[1:]):
         jobs = [(pool, out, source, target, seed) for target in targets for seed in SEEDS for source in (None, *SOURCES)]
-        done = list(progress(Parallel(-1, return_as="generator")(delayed(one)(*job) for job in jobs), f"transfer to {', '.join(targets)}", len(jobs)))
-        rows = done if targets == TARGETS[:1] else rows + done
+        rows += progress(Parallel(-1, return_as="generator")(delayed(one)(*job) for job in jobs), f"transfer to {', '.join(targets)}", len(jobs))
     pd.DataFrame(rows).round(4).to_csv(Path(__file__).parent / "transfer.csv", index=False)
 
 
