@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNREAD', 'voxel_file', 'Case', 'Task', 'TaskPool', 'slug', 'task_name', 'task_parts', 'Opened', 'unread_format',
            'open_volume', 'spacing_of', 'read_labels', 'Volume', 'displacement', 'same_grid', 'covers', 'read_case',
-           'read_task', 'foreground', 'zscore', 'Protocol', 'twins', 'copies_of', 'telling', 'protocol']
+           'read_task', 'border', 'foreground', 'zscore', 'Protocol', 'twins', 'copies_of', 'telling', 'protocol']
 
 # %% ../nbs/00_tasks.ipynb #296b553b
 import hashlib
@@ -308,14 +308,20 @@ def read_task(task: Task,  # what to read
                          "correct the table of labels, or ask for more shots or another seed if these patients have none of it.")
     return volumes
 
-# %% ../nbs/00_tasks.ipynb #d62dfba4
+# %% ../nbs/00_tasks.ipynb #4d268437
+def border(image: np.ndarray,  # HWD, raw intensities
+          ) -> tuple:  # (the most frequent value on the six faces, its share of them)
+    "What lies around the tissue."
+    faces = [image[(slice(None),) * a + (i,)].ravel() for a in range(3) for i in (0, -1)]
+    values, counts = np.unique(np.concatenate(faces), return_counts=True)
+    return values[counts.argmax()], counts.max() / counts.sum()
+
+
 def foreground(image: np.ndarray,  # HWD, raw intensities
               ) -> np.ndarray:  # HWD, bool
     "The voxels that show tissue; none in a constant volume."
-    faces = [np.take(image, i, axis=a).ravel() for a in range(3) for i in (0, -1)]
-    values, counts = np.unique(np.concatenate(faces), return_counts=True)
-    share = counts.max() / counts.sum()
-    if share >= 0.9: return image != values[counts.argmax()]
+    value, share = border(image)
+    if share >= 0.9: return image != value
     if share >= 0.1: return image > threshold_otsu(image)
     return np.ones(image.shape, bool)
 

@@ -6,7 +6,7 @@
 __all__ = ['GRID', 'resize_matrix', 'resize', 'pca_scores', 'wasserstein', 'quantiles', 'quantile_distance', 'ImageSignature',
            'image_signatures']
 
-# %% ../../nbs/10_similarity.image.ipynb #9a7095de
+# %% ../../nbs/10_similarity.image.ipynb #83b04f80
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,9 +16,9 @@ from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
 from ..core import InputError
-from ..tasks import foreground, zscore
+from ..tasks import border, foreground, zscore
 
-# %% ../../nbs/10_similarity.image.ipynb #05ad37ac
+# %% ../../nbs/10_similarity.image.ipynb #cf867e86
 GRID = (128, 128, 128)  # the paper's common grid
 
 
@@ -32,34 +32,44 @@ def resize_matrix(n: int,  # voxels along the axis
 
 def resize(volume: np.ndarray,  # HWD, any numbers
            shape: tuple = GRID,  # voxels wanted along H, W, D
-          ) -> np.ndarray:  # float64 of `shape`
-    "`volume` on a grid of `shape`, as `skimage.transform.resize(..., anti_aliasing=True)` gives it for floats."
-    x = np.asarray(volume, np.float64)
-    for m in shape:  # each product takes the first axis and puts it last; after three the order is restored
-        n, *others = x.shape
-        x = (x.reshape(n, -1).T @ resize_matrix(n, m).T).reshape(*others, m)
-    return x
+           box: tuple | None = None,  # where in a larger volume `volume` lies (three slices), which is 0 around it
+           size: tuple | None = None,  # voxels of that larger volume
+           dtype=np.float64,  # in which to compute
+          ) -> np.ndarray:  # of `shape` and `dtype`
+    "`volume`, or the larger volume, on a grid of `shape`, as `skimage.transform.resize(..., anti_aliasing=True)` gives it for floats."
+    box, size, x, spans = box or (slice(None),) * 3, size or volume.shape, np.asarray(volume, dtype), []
+    for n, m, part in zip(size, shape, box):  # each product takes the first axis and puts it last; after three the order is restored
+        weights = resize_matrix(n, m)[:, part].astype(dtype, copy=False)
+        reached = np.flatnonzero(weights.any(1))
+        spans.append(slice(reached[0], reached[-1] + 1))
+        x = (x.reshape(len(x), -1).T @ weights[spans[-1]].T).reshape(*x.shape[1:], -1)
+    out = np.zeros(shape, dtype)
+    out[tuple(spans)] = x
+    return out
 
-# %% ../../nbs/10_similarity.image.ipynb #988758d2
+# %% ../../nbs/10_similarity.image.ipynb #287b3b73
 def pca_scores(volume: np.ndarray,  # HWD, finite
                explained: float = 0.75,  # share of the variance to be exceeded
               ) -> np.ndarray:  # (H * W * k,) float64, in the unit of `volume`
     """All scores on the fewest principal components along D that explain more than `explained` (Yang et al. 2024), signs as scikit-learn >= 1.5.
     Raises `InputError` when the volume does not vary in H and W or is not finite."""
-    x = volume.reshape(-1, volume.shape[-1]).astype(np.float64)
-    largest = np.abs(x).max()
-    x -= x.mean(0)
-    variance, v = np.linalg.eigh(_covariance(x, largest))
+    x = volume.reshape(-1, volume.shape[-1])
+    rows = x.any(1)  # most columns of voxels cross nothing but background; if that is 0 they are all alike
+    x, n = x[rows].astype(np.float64), len(rows)
+    largest, mean = np.abs(x).max(initial=0), x.sum(0) / n
+    x -= mean
+    variance, v = np.linalg.eigh(_covariance(x, mean, n, largest))
     variance, v = np.maximum(variance[::-1], 0), v[:, ::-1]
-    k = np.searchsorted(np.cumsum(variance / variance.sum()), explained, side="right") + 1
-    v = v[:, :k]
-    loading = v[np.abs(v).argmax(0), np.arange(v.shape[1])]
-    return (x @ (v * np.sign(loading))).ravel()
+    v = v[:, :np.searchsorted(np.cumsum(variance / variance.sum()), explained, side="right") + 1]
+    v = v * np.sign(v[np.abs(v).argmax(0), np.arange(v.shape[1])])
+    scores = np.empty((n, v.shape[1]))
+    scores[rows], scores[~rows] = x @ v, -mean @ v
+    return scores.ravel()
 
 
-def _covariance(x: np.ndarray, largest: float) -> np.ndarray:
-    "Covariance of centred columns; refuses what is constant up to rounding, and what is not finite."
-    cov = x.T @ x / max(len(x) - 1, 1)
+def _covariance(x: np.ndarray, mean: np.ndarray, n: int, largest: float) -> np.ndarray:
+    "Covariance of n columns, of which those not in `x` (centred) are 0 before centring; refuses what is constant up to rounding, and what is not finite."
+    cov = (x.T @ x + (n - len(x)) * np.outer(mean, mean)) / max(n - 1, 1)
     if not np.trace(cov) > (1e-10 * largest) ** 2:  # also false for NaN
         raise InputError("the volume is constant or not finite, so it has no principal components: replace or leave out this case")
     return cov
@@ -86,7 +96,7 @@ def quantile_distance(Qa: np.ndarray,  # (A, n) one row of quantiles per volume
     "The Wasserstein-1 distances of all pairs of rows: mean absolute differences of quantiles."
     return cdist(Qa, Qb, "cityblock") / Qa.shape[1]
 
-# %% ../../nbs/10_similarity.image.ipynb #676d066c
+# %% ../../nbs/10_similarity.image.ipynb #e335c39b
 @dataclass(frozen=True)
 class ImageSignature:
     "What one reading of a volume leaves for its distances to others."
@@ -100,7 +110,24 @@ def image_signatures(image: np.ndarray,  # HWD, raw
                      exact: bool = False,  # keep all scores of the raw volume, sorted, instead of 1024 quantiles
                     ) -> list:  # an `ImageSignature` for each mask
     "The signatures of one image with each of its masks; the scores are computed once. Raises `InputError` for a constant volume."
-    z = zscore(image, foreground(image))
-    ica, pca_z = pca_scores(resize(image)), pca_scores(resize(z))
+    level, box = _frame(image)
+    x = np.ascontiguousarray(image[box], dtype=np.float64 if exact else np.float32)
+    z = zscore(x, foreground(image)[box] if level is None else x != level)
+    ica, pca_z = (pca_scores(resize(v, GRID, box, image.shape, x.dtype)) for v in (x - x.dtype.type(level or 0), z))
     ica, pca_z = np.sort(ica) if exact else quantiles(ica), quantiles(pca_z)
-    return [ImageSignature(ica, pca_z, quantiles(z[mask]) if mask.any() else None) for mask in masks]
+    return [ImageSignature(ica, pca_z, _inside(z, mask, box)) for mask in masks]
+
+
+def _frame(image) -> tuple:
+    "The constant around the tissue and the box outside which there is nothing else; None and the whole volume where there is no such constant."
+    level, share = border(image)
+    if share < 0.9 or not (tissue := image != level).any(): return None, (slice(None),) * 3
+    spans = [np.flatnonzero(tissue.any(tuple(b for b in range(3) if b != a)))[[0, -1]] for a in range(3)]
+    return level, tuple(slice(int(a), int(b) + 1) for a, b in spans)
+
+
+def _inside(z, mask, box):
+    "Quantiles of the normalised intensities inside a mask; what of it lies in the margins is 0, as all background."
+    n = np.count_nonzero(mask)
+    values = z[mask[box]]
+    return quantiles(np.concatenate([values, np.zeros(n - len(values), values.dtype)])) if n else None
