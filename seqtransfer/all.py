@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/70_all.ipynb #648f75d1
+# %% ../nbs/70_all.ipynb #ef2401e2
 from .affinity import Affinity, affinity
 from .core import InputError
 from .datasets import read_pool, task_table, validate
 from .engine import report, run
-from .paths import TransferPath, best_paths, path_table
+from .paths import TransferPath, best_paths, explain, path_table, recommend, side_by_side
 from .tasks import Task, TaskPool, protocol
 from .transfer import ARMS, Comparison, Recipe, compare, read_results
 from .zoo import demo_zoo, write_zoo
 
-# %% ../nbs/70_all.ipynb #e72e6a81
-__all__ = ["Affinity", "affinity", "InputError", "read_pool", "task_table", "validate", "report", "run", "TransferPath", "best_paths", "path_table",
+# %% ../nbs/70_all.ipynb #63f15715
+__all__ = ["Affinity", "affinity", "InputError", "read_pool", "task_table", "validate", "report", "run", "TransferPath", "best_paths", "explain", "path_table", "recommend", "side_by_side",
            "demo_zoo", "write_zoo", "Task", "TaskPool", "protocol", "ARMS", "Comparison", "Recipe", "compare", "read_results"]

@@ -148,7 +148,7 @@ def affinity(
     show_table(a.frame().sort_values("Distance").head(len(a.names)) if not as_json else a.frame(), f"The {len(a.names)} nearest of {len(a.frame())} ordered pairs", as_json)
     err_console.print(f"wrote {out} and {out.with_suffix('.png')}", markup=False, highlight=False)
 
-# %% ../nbs/60_cli.ipynb #2d359884
+# %% ../nbs/60_cli.ipynb #b4fa87fa
 @app.command()
 def paths(
     data: Data, target: Target,
@@ -157,14 +157,15 @@ def paths(
     as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
-    "Find the best source sequences for a target, and the best direct source beside them."
+    "Find the best source sequences for a target, and beside them the best direct source and the best sequences of two and three."
     import pandas as pd
     from seqtransfer import affinity as module
     from seqtransfer.datasets import read_pool
-    from seqtransfer.paths import best_paths, path_table
+    from seqtransfer.paths import best_paths, path_table, side_by_side
     a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test)
-    wanted = [(sources, top)] + ([(1, 1)] if sources > 1 else [])  # the best direct source stands beside the sequences
-    table = pd.concat([path_table(best_paths(a, target, sources=n, top=k)) for n, k in wanted], ignore_index=True)
+    found = best_paths(a, target, sources, top)
+    beside = side_by_side(a, target, [n for n in (1, 2, 3) if n < len(a.names) and n != sources])
+    table = pd.concat([path_table(found), path_table(beside)], ignore_index=True)
     if csv:
         with replacing(csv) as part: table.to_csv(part, index=False)
     show_table(table, f"Paths to {target}; costs compare only within one number of sources", as_json)

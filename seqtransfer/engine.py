@@ -142,7 +142,7 @@ def _stamp(pool: TaskPool) -> str:
     def of(path): return [path.name, path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else [path.name]
     return digest([[t.name, c.patient, [of(f) for f in c.files], c.labels, c.ignore, c.channel] for t in pool for c in t.cases])
 
-# %% ../nbs/40_engine.ipynb #6082a6a5
+# %% ../nbs/40_engine.ipynb #d4e28326
 def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wanted) -> tuple:
     "The parameters that all notebooks share and the state of the data; raises `InputError` for a run that cannot succeed."
     if not arms: raise InputError(f"No arm was named: the arms are {', '.join(ARMS)}.")
@@ -151,8 +151,8 @@ def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wa
     if recipe.target_steps < 1 or recipe.source_steps < sources: raise InputError("Every stage needs at least one step: ask for more steps.")
     pool = read_pool(data, **wanted)
     split = protocol(pool, target, shots, seed, test)
-    if not 1 <= sources <= min(3, len(split.sources)):
-        raise InputError(f"A path to {target} can have 1 to {min(3, len(split.sources))} sources, not {sources}: ask for another number.")
+    if not 1 <= sources <= len(split.sources):
+        raise InputError(f"A path to {target} can have 1 to {len(split.sources)} sources, not {sources}: ask for another number.")
     common = {"data": str(data), "wanted": wanted, "target": target, "shots": shots, "test": test or 0, "seed": seed}
     check_cases(split.test)
     stamp = _stamp(pool)
