@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNREAD', 'voxel_file', 'Case', 'Task', 'TaskPool', 'slug', 'task_name', 'task_parts', 'Opened', 'unread_format',
-           'open_volume', 'spacing_of', 'read_labels', 'Volume', 'displacement', 'same_grid', 'covers', 'read_case',
-           'read_task', 'border', 'foreground', 'zscore', 'Protocol', 'twins', 'copies_of', 'telling', 'protocol']
+           'open_volume', 'spacing_of', 'read_labels', 'Volume', 'displacement', 'same_grid', 'covers', 'case_masks',
+           'read_image', 'read_case', 'read_task', 'border', 'foreground', 'zscore', 'Protocol', 'content_digest',
+           'twins', 'copies_of', 'telling', 'protocol']
 
 # %% ../nbs/00_tasks.ipynb #296b553b
 import hashlib
@@ -275,27 +276,40 @@ def _onto(image, path, shape, affine) -> np.ndarray:
     x = ndimage.gaussian_filter(_array(image, path).astype(np.float32), np.clip((ratio - 1) / 2, 0, image.shape), mode="nearest")
     return resample_from_to(nib.Nifti1Image(x, image.affine), (shape, affine), order=1, mode="nearest").get_fdata(dtype=np.float32)
 
-# %% ../nbs/00_tasks.ipynb #529f4d60
+# %% ../nbs/00_tasks.ipynb #1943ffce
 def _among(labels: np.ndarray, values: tuple) -> np.ndarray:
     "As `np.isin`, which copies what is stored column by column, as NIfTI is."
     return reduce(np.logical_or, [labels == v for v in values])
 
 
+def case_masks(case: Case,  # whose labels and ignored values count
+               labels: np.ndarray,  # of any shape: its label map, or a part of it
+              ) -> tuple:  # (mask, ignored) of that shape, bool; ignored is None where the task ignores no value
+    "The object of a case, and the voxels that count nowhere."
+    ignored = _among(labels, case.ignore) if case.ignore else None
+    mask = _among(labels, case.labels) if case.labels else labels != 0
+    return (mask & ~ignored, ignored) if case.ignore else (mask, None)
+
+# %% ../nbs/00_tasks.ipynb #0633f99a
+def read_image(case: Case,  # what to read
+               labels: np.ndarray,  # HWD, its label map
+               affine: np.ndarray,  # of the label map, (4, 4), mm
+              ) -> np.ndarray:  # HWD on the grid of the label map, raw; in the type it was stored in unless it had to be resampled
+    "Reads the image of a case; raises `InputError` naming the file that is missing, damaged, not finite, or does not cover its mask."
+    image = open_volume(case.image, case.channel)
+    if image.shape == labels.shape and displacement(image.affine, affine, labels.shape) < 0.1: return _array(image, case.image)
+    if covers(image, labels, affine): return _onto(image, case.image, labels.shape, affine)
+    raise InputError(f"The mask {case.mask} is on a grid {labels.shape} that its image {case.image} {image.shape} does not cover: "
+                     "correct the header that is wrong, or take the case out of the data set.")
+
+# %% ../nbs/00_tasks.ipynb #529f4d60
 def read_case(case: Case,  # what to read
              ) -> Volume:  # on the mask's grid, canonical orientation
     "Reads image and mask; raises `InputError` naming the file that is missing, damaged, not finite, or does not cover its mask."
-    image = open_volume(case.image, case.channel)
     labels, affine = read_labels(case.mask)
-    if image.shape == labels.shape and displacement(image.affine, affine, labels.shape) < 0.1:
-        x = _array(image, case.image).astype(np.float32, copy=False)
-    elif covers(image, labels, affine):
-        x = _onto(image, case.image, labels.shape, affine)
-    else:
-        raise InputError(f"The mask {case.mask} is on a grid {labels.shape} that its image {case.image} {image.shape} does not cover: "
-                         "correct the header that is wrong, or take the case out of the data set.")
-    ignored = _among(labels, case.ignore) if case.ignore else None
-    mask = _among(labels, case.labels) if case.labels else labels != 0
-    return Volume(x, mask & ~ignored if case.ignore else mask, affine, ignored)
+    image = read_image(case, labels, affine).astype(np.float32, copy=False)
+    mask, ignored = case_masks(case, labels)
+    return Volume(image, mask, affine, ignored)
 
 # %% ../nbs/00_tasks.ipynb #adeaf627
 def read_task(task: Task,  # what to read
@@ -357,10 +371,19 @@ def _only(task: Task, patients) -> Task:
     keep = set(patients)
     return replace(task, cases=tuple(c for c in task.cases if c.patient in keep))
 
-
+# %% ../nbs/00_tasks.ipynb #31ddfd01
 @lru_cache(maxsize=65536)
 def _whole(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def content_digest(path: Path,  # a file
+                  ) -> str:  # 64 hexadecimal digits
+    "The SHA-256 of a file's content, taken once for each size and time of change; raises `InputError` when it cannot be read."
+    try:
+        about = path.stat()
+        return _whole(path, about.st_size, about.st_mtime_ns)
+    except OSError as e: raise InputError(f"The file {path} cannot be read ({e.strerror}): restore it, or take its case out of the data set.") from e
 
 
 def _pieces(path: Path) -> tuple:
@@ -373,7 +396,7 @@ def twins(files,  # of Path
          ) -> dict:  # {file: the first file with the same bytes}, for files that have such another
     "Files that are equal byte for byte: those of equal size are compared by three pieces, and only those that agree in them as a whole."
     groups = [[f for f in dict.fromkeys(files) if f.is_file()]]
-    for key in (lambda f: f.stat().st_size, _pieces, lambda f: _whole(f, f.stat().st_size, f.stat().st_mtime_ns)):
+    for key in (lambda f: f.stat().st_size, _pieces, content_digest):
         apart = [{} for _ in groups]
         for group, parts in zip(groups, apart):
             for f in group: parts.setdefault(key(f), []).append(f)

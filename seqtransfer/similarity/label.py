@@ -7,11 +7,12 @@ __all__ = ['ssim', 'LabelSignature', 'on_grid', 'label_signature', 'overlaps', '
 
 # %% ../../nbs/11_similarity.label.ipynb #2b220a42
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from scipy import sparse
 
-from .image import GRID, resize
+from .image import GRID, reached, resize, stored_order
 
 # %% ../../nbs/11_similarity.label.ipynb #42455a9c
 def ssim(a: np.ndarray,  # mask, HWD
@@ -28,9 +29,10 @@ def ssim(a: np.ndarray,  # mask, HWD
 # %% ../../nbs/11_similarity.label.ipynb #c2d34057
 @dataclass(frozen=True)
 class LabelSignature:
-    "What one reading of a mask leaves: its voxels on the common grid."
-    voxels: np.ndarray  # int32, flat (C order) indices of the mask's voxels, ascending
+    "What one reading of a mask leaves."
+    voxels: np.ndarray  # int32, flat (C order) indices of the mask's voxels on the common grid, ascending
     size: int  # number of voxels of the grid
+    volume: float = np.nan  # of the mask on its own grid, mm3
 
 
 def on_grid(mask: np.ndarray,  # HWD, bool or a share in [0, 1]
@@ -39,13 +41,20 @@ def on_grid(mask: np.ndarray,  # HWD, bool or a share in [0, 1]
     "The mask resized with anti-aliasing; a voxel belongs to it when at least half of it does."
     return resize(mask, shape) > 0.5 - 1e-9
 
-
+# %% ../../nbs/11_similarity.label.ipynb #0c96a935
 def label_signature(mask: np.ndarray,  # HWD bool
                     shape: tuple = GRID,  # the common grid
+                    box: tuple | None = None,  # where in a larger mask `mask` lies (three slices), which is empty around it
+                    size: tuple | None = None,  # voxels of that larger mask
+                    voxel: float = 1.0,  # volume of a voxel, mm3
                    ) -> LabelSignature:  # sparse mask on that grid
-    "The mask's voxels on the common grid."
-    grid = on_grid(mask, shape)
-    return LabelSignature(np.flatnonzero(grid).astype(np.int32), grid.size)
+    "The mask's voxels on the common grid, as `on_grid` gives them, and its volume."
+    order = stored_order(mask)
+    inner = lambda values: values and tuple(values[axis] for axis in order)
+    part, spans = reached(mask.transpose(order).astype(np.float64), inner(shape), inner(box), inner(size))
+    at = dict(zip(order, (i + s.start for i, s in zip(np.nonzero(part > 0.5 - 1e-9), spans))))
+    flat = np.ravel_multi_index([at[axis] for axis in range(3)], shape)
+    return LabelSignature(np.sort(flat).astype(np.int32), prod(shape), float(np.count_nonzero(mask) * voxel))
 
 # %% ../../nbs/11_similarity.label.ipynb #dc2b890b
 def overlaps(signatures,  # sequence of N `LabelSignature` on one grid
