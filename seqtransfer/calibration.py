@@ -56,13 +56,18 @@ def _regret(cost, dice, k: int):
     return np.maximum(dice.max(-1) - (chance * best).sum(-1), 0)
 
 
+def _tries(k):
+    "Raises `InputError` for what is no number of sources to try."
+    if not isinstance(k, (int, np.integer)) or k < 1: raise InputError(f"Regret was asked for the {k} nearest: ask for a whole number, at least one.")
+
+
 def regret(cost,  # predicted, one number per transfer to one target; lower is better
            dice,  # measured, in the same order
            k: int = 1,  # how many of the nearest are tried
           ) -> float:  # >= 0, in units of `dice`; 0 when `k` is at least the number of transfers
     "The best Dice among all minus the best among the `k` of least cost, averaged over ties; raises `InputError` for unequal numbers, NaN or `k` below 1."
     x, y = _numbers(cost, dice)
-    if k < 1: raise InputError(f"Regret was asked for the {k} nearest: ask for at least one.")
+    _tries(k)
     return float(_regret(x, y, k))
 
 # %% ../nbs/35_calibration.ipynb #f2cbf734
@@ -78,10 +83,11 @@ def _stops(path, target) -> tuple:
 
 def transfers(measured: pd.DataFrame,  # columns target, dice, and source or path; one row per run
              ) -> pd.DataFrame:  # columns target, path (tuple of names), dice (mean over runs); sorted
-    "The measured transfers, one row each; raises `InputError` for a missing column, a Dice that is no number, paths of several lengths, or too few transfers."
+    "The measured transfers, one row each; raises `InputError` for a missing column or target, a Dice that is no number, paths of several lengths, or too few transfers."
     what = "path" if "path" in measured else "source"
     if missing := [c for c in ("target", what, "dice") if c not in measured]:
         raise InputError(f"The table of measured transfers has no column {' and no column '.join(missing)}: it needs target, dice, and source or path.")
+    for row in measured.index[measured["target"].isna() | (measured["target"] == "")]: raise InputError(f"Row {row} of the measured transfers has no target: name it or leave the row out.")
     rows = pd.DataFrame({"target": measured["target"].astype(str), "dice": pd.to_numeric(measured["dice"], errors="coerce")})
     rows["path"] = [_stops(p, t) for p, t in zip(measured[what], rows["target"])]
     rows = rows[np.array([p != (SCRATCH,) for p in rows["path"]], bool)]
@@ -187,7 +193,7 @@ SEARCHES = {"grid": _by_grid, "bayes": _by_gaussian_process}
 def _groups(affinity) -> dict:
     "Task -> what it shares its patients with."
     about = affinity.parameters.get("tasks", {})
-    return {n: (about[n]["dataset"], about[n]["site"]) if n in about else n for n in affinity.names}
+    return {n: (about[n]["dataset"], about[n]["site"]) if {"dataset", "site"} <= set(about.get(n) or ()) else n for n in affinity.names}
 
 
 def without(rows: pd.DataFrame,  # as from `transfers` or `costs`
@@ -208,11 +214,11 @@ def baselines(affinity: Affinity,  # the tasks, and what its parameters say of t
              ) -> dict:  # name -> (N, N) distances
     "Distances that need no fit: the affinity's own, data-set size, same modality and label, and a constant, under which the choice is random."
     about, n = affinity.parameters.get("tasks", {}), len(affinity.names)
+    facts = [about.get(name) or {} for name in affinity.names]
+    told = {what: np.array([f[what] for f in facts]) for what in ("cases", "modality", "label") if all(what in f for f in facts)}
     out = {"weights as given": affinity.distance}
-    if set(affinity.names) <= set(about):
-        facts = pd.DataFrame([about[name] for name in affinity.names])
-        same = sum((facts[what].to_numpy()[:, None] == facts[what].to_numpy()).astype(float) for what in ("modality", "label"))
-        out |= {"data-set size": np.repeat(-facts["cases"].to_numpy(float)[:, None], n, axis=1), "same modality and label": 2 - same}
+    if "cases" in told: out["data-set size"] = np.repeat(-told["cases"].astype(float)[:, None], n, axis=1)
+    if {"modality", "label"} <= set(told): out["same modality and label"] = 2.0 - sum((told[what][:, None] == told[what]).astype(int) for what in ("modality", "label"))
     return out | {"random": np.zeros((n, n))}
 
 # %% ../nbs/35_calibration.ipynb #00eac04a
@@ -278,6 +284,11 @@ def _judge(rows, predictor, draws, k) -> dict:
 LEFT_OUT, IN_SAMPLE, GAIN = "calibrated, target left out", "calibrated, in sample", "left out minus as given"
 
 
+def _over_targets(many, which):
+    "The mean over the targets that were drawn, for each resample; those without a value are left out."
+    return np.ma.masked_invalid(np.take_along_axis(many, which, axis=1)).mean(axis=1).filled(np.nan)
+
+
 def _scores(rows, predictors, k, seed) -> tuple:
     "One dict per predictor, target (and their mean) and measure, with value and interval."
     rng, targets = np.random.default_rng(seed), sorted(set(rows["target"]))
@@ -291,8 +302,7 @@ def _scores(rows, predictors, k, seed) -> tuple:
     out = []
     for predictor, measures in judged.items():
         for m, (values, many) in measures.items():
-            over = np.ma.masked_invalid(np.take_along_axis(many, which, axis=1)).mean(axis=1).filled(np.nan)
-            for target, value, drawn in [("mean", values.mean(), over), *zip(targets, values, many.T)]:
+            for target, value, drawn in [("mean", values.mean(), _over_targets(many, which)), *zip(targets, values, many.T)]:
                 low, high = _interval(drawn)
                 out.append(dict(predictor=predictor, target=target, measure=m, value=float(value), low=low, high=high))
     return tuple(out)
@@ -337,7 +347,7 @@ class Calibration:
 # %% ../nbs/35_calibration.ipynb #d537ed63
 def _asked(affinity, terms, search) -> tuple:
     "The terms to weigh and how to search; raises `InputError` for what cannot be searched."
-    terms = sorted(set(affinity.weights if terms is None else terms))
+    terms = sorted(set(affinity.weights if terms is None else (terms,) if isinstance(terms, str) else terms))
     for t in terms:
         if t not in affinity.terms: raise InputError(f"The affinity holds no term {t!r}: try {' or '.join(nearest(t, affinity.terms) or affinity.terms)}.")
     if len(terms) < 2: raise InputError(f"The weights of {' and '.join(terms) or 'no term'} alone cannot be fitted: give two terms or more.")
@@ -364,14 +374,18 @@ def calibrate(affinity: Affinity,  # terms between all tasks of the table
               measured: pd.DataFrame,  # columns target, dice, and source or path; one row per run, rows from scratch are left out
               terms=None,  # names of the terms to weigh; those that the affinity weighs when None
               search: str | None = None,  # "grid" (two terms) or "bayes"; when None the grid for two terms, unless the affinity is in the paper's mode
-              k: tuple = (1, 3),  # how many of the nearest, for regret@k
+              k: tuple = (1, 3),  # how many of the nearest, for regret@k; also one number
               lam: float = 1.0,  # of the path cost, as in `best_paths`
               groups: dict | None = None,  # task -> group of tasks with the same patients; data set and site when None, {} for each task by itself
               seed: int = 0,  # of the Bayesian optimisation and the resampling
              ) -> Calibration:  # weights, and how such weights do on targets left out, beside baselines
     """Fits non-negative weights so that a higher cost means a lower Dice, and judges them leaving each target's group out.
-    Raises `InputError` for a table or a term that cannot be used, fewer than two targets, or targets that all share their patients."""
+    Raises `InputError` for a table, a term or a number that cannot be used, fewer than two targets, or targets that all share their patients."""
     terms, search = _asked(affinity, terms, search)
+    k = tuple(k) if np.iterable(k) else (k,)
+    for n in k: _tries(n)
+    if not 0 <= lam < np.inf: raise InputError(f"The weight lam of the early sources is {lam}: give a number that is not negative.")
+    if not isinstance(seed, (int, np.integer)) or seed < 0: raise InputError(f"The seed is {seed}: give a whole number that is not negative.")
     rows, units = _table(affinity, measured, terms, lam)
     groups = _groups(affinity) if groups is None else groups
     left = {t: without(rows, t, groups) for t in sorted(set(rows["target"]))}
@@ -383,4 +397,4 @@ def calibrate(affinity: Affinity,  # terms between all tasks of the table
     plain = lambda rest: {t: float(x / units[t]) for t, x in zip(terms, fit_of(rest))}
     folds = tuple(dict(target=t, weights=plain(rest), fitted_on=sorted(set(rest["target"]))) for t, rest in left.items())
     return Calibration(plain(rows), folds, _scores(rows, [LEFT_OUT, IN_SAMPLE, *terms, *baselines(affinity)], k, seed),
-                       dict(terms=terms, units=units, search=search, k=list(k), lam=lam, seed=seed, transfers=len(rows)))
+                       dict(terms=terms, units=units, search=search, k=[int(n) for n in k], lam=lam, seed=int(seed), transfers=len(rows)))

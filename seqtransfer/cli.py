@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'out_console', 'err_console', 'Data', 'Target', 'Shots', 'Test', 'Seed', 'Mode', 'Sources', 'Top', 'Json',
-           'Sites', 'Modalities', 'Labels', 'Cases', 'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths',
-           'run', 'report', 'main']
+           'Device', 'Sites', 'Modalities', 'Labels', 'Cases', 'show_table', 'options', 'phantom', 'tasks', 'affinity',
+           'paths', 'run', 'cache', 'report', 'main']
 
 # %% ../nbs/60_cli.ipynb #36aa9438
 import json
@@ -57,6 +57,7 @@ Mode = Annotated[str, typer.Option(help="Affinity: [bold]default[/bold] (fg_z + 
 Sources = Annotated[int, typer.Option(help="Number of sources along the path.")]
 Top = Annotated[int, typer.Option(help="Number of candidate paths to show.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
+Device = Annotated[str, typer.Option(help="Where volumes are resized and projected: cpu, or a GPU as torch names it, e.g. cuda:0. Reading takes most of the time either way.")]
 
 # %% ../nbs/60_cli.ipynb #55e7872d
 Sites = Annotated[Optional[str], typer.Option("--sites", help="Read only these institutions or sites, separated by commas, e.g. 1,4,16.", rich_help_panel="What to read")]
@@ -132,20 +133,22 @@ def affinity(
     data: Data,
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="The task you want to segment: only its --shots patients are read, and its test patients are removed everywhere. Without it all patients are used; choose no path from that matrix.")] = None,
     shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
-    out: Annotated[Path, typer.Option(help="CSV file to write, one row per ordered pair; a heatmap is drawn beside it (.png).")] = Path("affinity.csv"),
-    as_json: Json = False,
+    out: Annotated[Path, typer.Option(help="Table to write, .csv or .parquet, one row per ordered pair with 95 % intervals; a heatmap is drawn beside it (.png).")] = Path("affinity.csv"),
+    device: Device = "cpu", as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "Compute how near the tasks of a folder are to each other."
     import matplotlib; matplotlib.use("Agg")
     from seqtransfer import affinity as module, plots
     from seqtransfer.datasets import read_pool
-    if out.suffix != ".csv": raise InputError(f"The table is a CSV file, and {out} does not end in .csv: give another name.")
+    if out.suffix not in (".csv", ".parquet"): raise InputError(f"The table is a CSV or parquet file, and {out} ends in neither: call it {out.stem}.csv or {out.stem}.parquet.")
     writable(out.absolute().parent)
-    a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test)
+    a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test, device=device)
     a.save(out)
     with replacing(out.with_suffix(".png")) as part: plots.affinity_heatmap(a).figure.savefig(part, bbox_inches="tight", dpi=110)
-    show_table(a.frame().sort_values("Distance").head(len(a.names)) if not as_json else a.frame(), f"The {len(a.names)} nearest of {len(a.frame())} ordered pairs", as_json)
+    table = a.frame(intervals=True).sort_values("Distance", kind="stable")
+    shown = table if as_json else table.head(len(a.names)).drop(columns=[c for c in table if c.endswith((" low", " high")) and not c.startswith("Distance")])
+    show_table(shown, f"The {len(shown)} nearest of {len(table)} ordered pairs; low and high: 95 % interval under resampled patients", as_json)
     err_console.print(f"wrote {out} and {out.with_suffix('.png')}", markup=False, highlight=False)
 
 # %% ../nbs/60_cli.ipynb #b4fa87fa
@@ -154,21 +157,28 @@ def paths(
     data: Data, target: Target,
     sources: Sources = 2, top: Top = 5, shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
     csv: Annotated[Optional[Path], typer.Option(help="Also write the table to this CSV file.")] = None,
-    as_json: Json = False,
+    why: Annotated[bool, typer.Option("--explain", help="Also say why the best path is the best: its hops term by term, what the runner-up lacks, and how often it is the best under resampled patients.")] = False,
+    device: Device = "cpu", as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "Find the best source sequences for a target, and beside them the best direct source and the best sequences of two and three."
     import pandas as pd
     from seqtransfer import affinity as module
     from seqtransfer.datasets import read_pool
-    from seqtransfer.paths import best_paths, path_table, side_by_side
-    a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test)
+    from seqtransfer.paths import best_paths, explain, path_table, side_by_side
+    a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test, device=device)
     found = best_paths(a, target, sources, top)
     beside = side_by_side(a, target, [n for n in (1, 2, 3) if n < len(a.names) and n != sources])
     table = pd.concat([path_table(found), path_table(beside)], ignore_index=True)
     if csv:
         with replacing(csv) as part: table.to_csv(part, index=False)
     show_table(table, f"Paths to {target}; costs compare only within one number of sources", as_json)
+    if found[0].tied and not as_json: print("Another path costs the same as the best; the shorter length decided, not the cost.")
+    if not why: return
+    reason = explain(found[0], a)
+    if as_json: return err_console.print(str(reason), markup=False, highlight=False, soft_wrap=True)
+    show_table(reason.hops, "The cost of the best path; early: an earlier source's distance to the target", False)
+    print(reason)
 
 # %% ../nbs/60_cli.ipynb #e2c53fc1
 class _Shown:
@@ -225,6 +235,19 @@ def run(
     _finish(out, as_json)
     for arm, why in result.failures.items(): err_console.print(f"failed: {arm}: {why}", markup=False, highlight=False)
     if result.failures: raise typer.Exit(1)
+
+# %% ../nbs/60_cli.ipynb #6685bbfe
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete it: volumes are read again, and phantom volumes drawn again, when they are next needed.")] = False,
+    as_json: Json = False,
+):
+    "Say where the cache is and how large; it holds only what can be computed again."
+    import pandas as pd
+    from seqtransfer.core import cache_folder, cache_sizes, clear_cache
+    table = pd.DataFrame([(what, n, size / 1e6) for what, (n, size) in cache_sizes().items()], columns=["what", "files", "MB"])
+    show_table(table, f"Cache in {cache_folder()} (SEQTRANSFER_CACHE names another folder)", as_json)
+    if clear: err_console.print(f"deleted {clear_cache() / 1e6:.1f} MB", highlight=False)
 
 # %% ../nbs/60_cli.ipynb #e466df22
 @app.command()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'RunError', 'nearest', 'digest', 'code_digest', 'seed_for', 'writable', 'replacing', 'write_json',
-           'read_json', 'cache_folder', 'progress']
+           'read_json', 'cache_folder', 'cache_sizes', 'clear_cache', 'progress']
 
 # %% ../nbs/00_core.ipynb #305ee01a
 import difflib
@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -124,10 +125,29 @@ def read_json(path,  # file to read
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise InputError(f"{path} cannot be read as JSON ({e}): restore it or delete it and run the command again.") from e
 
+# %% ../nbs/00_core.ipynb #8dbae4d9
+_CACHED = {"signatures of volumes": "signatures", "phantom volumes": "phantom-*", "locks": "locks"}
+
 
 def cache_folder() -> Path:  # exists and can be written
     "The folder for what can be computed again: `SEQTRANSFER_CACHE`, or the user's cache folder."
     return writable(Path(os.environ.get("SEQTRANSFER_CACHE") or user_cache_path("seqtransfer")))
+
+
+def cache_sizes() -> dict:  # {what: (number of files, bytes)}
+    "What the cache holds."
+    found = {what: [f.stat().st_size for part in cache_folder().glob(pattern) for f in part.rglob("*") if f.is_file()] for what, pattern in _CACHED.items()}
+    return {what: (len(sizes), sum(sizes)) for what, sizes in found.items()}
+
+
+def clear_cache() -> int:  # bytes that were freed
+    "Deletes all that the cache holds and can be computed again; raises `InputError` for what cannot be deleted."
+    size = sum(b for _, b in cache_sizes().values())
+    for what, pattern in _CACHED.items():
+        for part in cache_folder().glob(pattern):
+            try: shutil.rmtree(part)
+            except OSError as e: raise InputError(f"{e.filename or part} cannot be deleted ({e.strerror}): delete {part} by hand.") from e
+    return size
 
 # %% ../nbs/00_core.ipynb #7ab82729
 def _lines(items, text, total, out, over):

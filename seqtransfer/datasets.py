@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, nearest, progress, read_json
-from .tasks import Case, Task, TaskPool, covers, open_volume, protocol, read_labels, same_grid, slug, spacing_of, task_name, telling, twins, unread_format, voxel_file
+from .tasks import Case, Task, TaskPool, covers, no_numbers, open_volume, protocol, read_labels, read_voxels, same_grid, slug, spacing_of, task_name, telling, twins, unread_format, voxel_file
 
 # %% ../nbs/01_datasets.ipynb #5b7f32e6
 def _natural(name: str) -> tuple:
@@ -57,6 +57,11 @@ def _some(names, most: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
+
+def _many(n: int, what: str) -> str:
+    "`1 mask`, `2 masks`, `2 modalities`."
+    return f"{n} {what if n == 1 else what.removesuffix('y') + 'ies' if what.endswith('y') else what + 's'}"
+
 # %% ../nbs/01_datasets.ipynb #77bfc067
 @dataclass(frozen=True)
 class _Listing(TaskPool):
@@ -64,11 +69,15 @@ class _Listing(TaskPool):
     files: frozenset = frozenset()  # every file that exists
 
 
-def _tasks(rows, values: tuple = ()) -> tuple:
-    "Tasks from rows (data set, site, modality, label, case), in the order in which they appear."
-    cases = {}
+def _tasks(rows, values: tuple = (), channels: int = 0, table: Path | None = None) -> tuple:
+    "Tasks from rows (data set, site, modality, label, case), in the order in which they appear; raises `InputError` for two words of `table` that become one in their names."
+    cases, named = {}, {}
     for *parts, case in rows: cases.setdefault(tuple(parts), []).append(case)
-    return tuple(Task(task_name(*parts), *(slug(p) if p else "" for p in parts), tuple(found), values) for parts, found in cases.items())
+    for parts in cases:
+        other = named.setdefault(task_name(*parts).lower(), parts)
+        for what, a, b in zip(("dataset", "site", "modality", "label"), other, parts):
+            if a != b: raise InputError(f"{table} has the {what} {a!r} and the {what} {b!r}, which are one in a task's name ({slug(b)}): write them alike, or rename one of them.")
+    return tuple(Task(task_name(*parts), *(slug(p) if p else "" for p in parts), tuple(found), values, channels) for parts, found in cases.items())
 
 # %% ../nbs/01_datasets.ipynb #d0993327
 def _key(text) -> str:
@@ -165,6 +174,7 @@ def _search(folder: Path, known, depth: int = 3, above: tuple = ()) -> tuple:
 
 
 def _folder(path) -> Path:
+    if Path(path).is_file(): raise InputError(f"{path} is a file: give its folder {Path(path).absolute().parent}, or the CSV file of a manifest.")
     if not Path(path).is_dir(): raise InputError(f"There is no folder {path}: give the folder that holds your data sets.")
     return Path(path) if Path(path).name.strip(".") else Path(path).resolve()  # a data set is called by its folder, which `.` does not say
 
@@ -285,6 +295,7 @@ def read_iseg(folder,  # `iSeg-2019-Training`, or a folder above it
 # %% ../nbs/01_datasets.ipynb #78dfd565
 _WMH_SITES = {_key(site): slug(site) for site in ("Utrecht", "Singapore", "Amsterdam/GE3T", "Amsterdam/GE1T5", "Amsterdam/Philips_VU .PETMR_01.")}
 _WMH_SITES |= {key.removeprefix("amsterdam_"): site for key, site in _WMH_SITES.items()}  # older copies
+_WMH_SUBJECT = {"pre", "orig", "wmh.nii.gz", "wmh.nii"}
 
 
 def _wmh_sites(folder: Path, names: dict) -> tuple:
@@ -308,7 +319,7 @@ def _is_wmh(folder: Path, names: dict) -> bool:
     "Whether a site's first subject looks like one: cities may have other folders called after them."
     if not any(n in ("training", "test", "Amsterdam") or _key(n) in _WMH_SITES for n in _folders(names)): return False
     first = (base / n for _, _, base in _wmh_sites(folder, names)[0] for n in _folders(_entries(base))[:1])
-    return any({"pre", "orig", "wmh.nii.gz", "wmh.nii"} & _entries(subject).keys() for subject in first)
+    return any(_WMH_SUBJECT & _entries(subject).keys() for subject in first)
 
 # %% ../nbs/01_datasets.ipynb #5981e658
 def _list_wmh(folder: Path, images: str = "pre") -> _Listing:
@@ -316,10 +327,13 @@ def _list_wmh(folder: Path, images: str = "pre") -> _Listing:
     files, rows = set(), []
     for part, site, base in sites:
         for n in _folders(_entries(base)):
+            if not n.isdigit() and not _WMH_SUBJECT & _entries(base / n).keys():
+                others.append(base / n)
+                continue
             files |= _files(base / n) | _files(base / n / images)
             patient, mask = "/".join(filter(None, ("wmh", part, site, n))), _at(base / n, "wmh", files)
             rows += [("wmh", site, m, "WMH", Case(patient, _at(base / n / images, m, files), mask, (1,), (2,))) for m in ("FLAIR", "T1")]
-    return _Listing(_tasks(rows, (1, 2)), tuple((p, "no site of WMH 2017") for p in others), frozenset(files))
+    return _Listing(_tasks(rows, (1, 2)), tuple((p, "no site and no subject of WMH 2017") for p in others), frozenset(files))
 
 # %% ../nbs/01_datasets.ipynb #f36dfd11
 def read_wmh(folder,  # the folder of `training` and `test`, one of the two, or a folder above
@@ -352,17 +366,33 @@ def _word(name) -> str:
 def _described(folder: Path) -> dict:
     "What `dataset.json` says; raises `InputError` naming what is missing or wrong in it."
     file = folder / "dataset.json"
+    example = 'channel_names like {"0": "T1"}, labels like {"background": 0, "lesion": 1} and file_ending like ".nii.gz"'
+    if not file.is_file(): raise InputError(f"The file {file} is missing: a data set of nnU-Net v2 needs it, with {example}.")
     info = read_json(file)
     lacking = [k for k in ("channel_names", "labels", "file_ending") if not isinstance(info, dict) or not info.get(k)]
-    if lacking: raise InputError(f"{file} has no {' and no '.join(lacking)}: complete it as nnU-Net v2 describes.")
+    if lacking: raise InputError(f"{file} has no {' and no '.join(lacking)}: complete it with {example}.")
     try:
         for channel, name in info["channel_names"].items(): int(channel), _word(name)
         for name, value in info["labels"].items(): _word(name), _values(value)
+        for name, n in Counter(info["channel_names"].values()).items():
+            if n > 1: raise ValueError(f"{n} channels are called {name}")
+        _distinct(info["labels"])
     except (AttributeError, TypeError, ValueError) as e:
-        raise InputError(f'{file} must have channel_names like {{"0": "T1"}} and labels like {{"lesion": 1}} ({e}): correct it.') from e
-    why = unread_format(folder / "imagesTr" / f"FILE{info['file_ending']}")
-    if why: raise InputError(f"The file_ending {info['file_ending']} in {file} {why}")
+        raise InputError(f"{file} must have {example} ({e}): correct it.") from e
+    end = str(info["file_ending"])
+    if not end.startswith("."): raise InputError(f"The file_ending {end!r} in {file} does not begin with a dot: write '.nii.gz' or what the files end in.")
+    if why := unread_format(folder / "imagesTr" / f"FILE{end}"): raise InputError(f"The file_ending {end} in {file} {why}")
     return info
+
+
+def _distinct(labels: dict):
+    "Raises `ValueError` for two labels of one value, unless one is a region, and for an ignored value that is a label's."
+    named = {}
+    for name, value in labels.items():
+        if not isinstance(value, (list, tuple)) and named.setdefault(_values(value), name) != name:
+            raise ValueError(f"the labels {named[_values(value)]} and {name} have the same value {value}")
+        if "ignore" in labels and name != "ignore" and set(_values(value)) & set(_values(labels["ignore"])):
+            raise ValueError(f"the value {labels['ignore']} is to be ignored and belongs to {name}")
 
 # %% ../nbs/01_datasets.ipynb #b438b380
 def _is_nnunet(folder: Path, names: dict) -> bool:
@@ -384,7 +414,7 @@ def _list_nnunet(folder: Path) -> _Listing:
             for channel, modality in info["channel_names"].items() for label, values in labels.items() for c in cases)
     odd = sorted(n for n, m in images.items() if not m)
     skipped = ((xs / f"{odd[0]}{end}", f"without the number of a channel, as {len(odd)} files are"),) if odd else ()
-    return _Listing(_tasks(rows, tuple(sorted({v for vs in (*labels.values(), ignore) for v in vs} - {0}))), skipped, files)
+    return _Listing(_tasks(rows, tuple(sorted({v for vs in (*labels.values(), ignore) for v in vs} - {0})), table=folder / "dataset.json"), skipped, files)
 
 # %% ../nbs/01_datasets.ipynb #3e21a424
 def read_nnunet(folder,  # one `DatasetXXX_Name`, or a folder above it
@@ -425,6 +455,7 @@ def _decathlon(folder: Path) -> tuple:
         for name in (*modalities, *labels): _word(name)
         entries = list(info["training"])
         if len({*info["labels"].values()}) < len(info["labels"]): raise ValueError("two labels of one name")
+        if len(set(modalities)) < len(modalities): raise ValueError("two modalities of one name")
         if not (modalities and labels and entries): raise ValueError("one of them is empty")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise InputError(f'{file} must have modality like {{"0": "FLAIR"}}, labels like {{"1": "edema"}} and training ({type(e).__name__}: {e}): correct it.') from e
@@ -447,7 +478,8 @@ def _list_msd(folder: Path) -> _Listing:
     listed = {f for _, f in pairs}
     odd = sorted(f for f in files if f.parent in {m.parent for m in listed} and f not in listed and f.name.endswith(_READ) and f.parent.name == "labelsTr")
     skipped = tuple((f, "not listed in dataset.json") for f in odd[:1]) if len(odd) < 2 else ((odd[0], f"not listed in dataset.json, as {len(odd)} label maps are"),)
-    return _Listing(_tasks(rows, tuple(sorted(labels.values()))), skipped, files)
+    channels = len(modalities) if len(modalities) > 1 else 0
+    return _Listing(_tasks(rows, tuple(sorted(labels.values())), channels, folder / "dataset.json"), skipped, files)
 
 # %% ../nbs/01_datasets.ipynb #8f16ff97
 def read_msd(folder,  # one `TaskXX_Name`, or a folder above it
@@ -471,7 +503,7 @@ def _manifest_row(file: Path, row: int, cells: dict, present) -> tuple:
         if cells[column] and not re.search("[A-Za-z0-9]", cells[column]): raise refuse(f"the {column} {cells[column]!r} has no letter or digit", "rename it")
     paths = []
     for column in ("image", "mask"):
-        path = file.parent / cells[column]
+        path = file.parent / os.path.expanduser(cells[column])
         if path not in present(path.parent): raise refuse(f"there is no {column} {path}", "restore the file or correct the cell")
         paths.append(path)
     if paths[0] == paths[1]: raise refuse(f"image and mask are the same file {paths[0]}", "name the label map in the column mask")
@@ -498,7 +530,7 @@ def _list_manifest(file: Path) -> _Listing:
         rows.append((dataset, site, modality, label, Case(f"{here}/{patient}", image, mask, values, ignore)))
     files = frozenset().union(*(present(f.parent) for row in rows for f in row[-1].files))
     odd = [c for c in head if c and c not in (*_COLUMNS, "value", "ignore", "dataset")]
-    return _Listing(_tasks(rows), ((file, f"its columns {', '.join(odd)} are not known"),) if odd else (), files)
+    return _Listing(_tasks(rows, table=file), ((file, f"its columns {', '.join(odd)} are not known"),) if odd else (), files)
 
 # %% ../nbs/01_datasets.ipynb #38621ed6
 def read_manifest(file,  # a CSV file, or a folder with a `manifest.csv`
@@ -568,23 +600,31 @@ def task_table(pool: TaskPool,  # what `read_pool` returned
 def _voxels(path: Path) -> tuple:
     "(all voxels of a file or None, what is wrong with them as [(kind, sentence)])."
     try:
-        x = np.asanyarray(nib.load(path).dataobj)
-        if x.dtype.kind not in "iufb": raise ValueError(f"they are {x.dtype}")
+        x = read_voxels(nib.load(path).dataobj)
+        if why := no_numbers(x, path): return None, [("file", why)]
         bad = x.size - np.count_nonzero(np.isfinite(x)) if x.dtype.kind == "f" else 0
     except Exception as e:  # what a damaged file makes nibabel, gzip and numpy raise is no closed list
         return None, [("file", f"The voxels of {path} cannot be read ({' '.join(str(e).split())}): it is cut short or damaged, restore it.")]
-    return x, [("NaN", f"{path} holds {bad} voxels that are NaN or infinite: replace them or take the case out of the data set.")] if bad else []
+    are = "s that are" if bad > 1 else " that is"
+    return x, [("NaN", f"{path} holds {bad} voxel{are} NaN or infinite: replace what is wrong or take the case out of the data set.")] if bad else []
 
 
-def _check_image(path: Path, channels) -> tuple:
-    "({channel: opened volume}, problems) of an image file."
+def _check_image(path: Path, channels, declared: int = 0) -> tuple:
+    "({channel: opened volume}, problems) of an image file of which `declared` modalities are named, 0 where nothing is said."
     try: opened = {c: open_volume(path, c) for c in channels}
     except InputError as e: return {}, [("file", str(e))]
-    return opened, _voxels(path)[1]
+    x, problems = _voxels(path)
+    if problems: return opened, problems
+    x = x.reshape(*x.shape[:3], -1)
+    if declared and x.shape[3] != declared:
+        return opened, [("channels", f"{path} holds {_many(x.shape[3], 'channel')} and its data set names {_many(declared, 'modality')}: correct the list of modalities, or the file.")]
+    flat = [c for c in channels if (v := x[..., c or 0]).min() == v.max()]
+    which = f"The channel {flat[0]} of {path}" if flat and x.shape[3] > 1 else path
+    return opened, [("constant image", f"{which} holds {float(x[0, 0, 0, flat[0] or 0]):g} in every voxel: look at whether it is the right file.")] if flat else []
 
 # %% ../nbs/01_datasets.ipynb #276d61da
-def _check_mask(path: Path, allowed: tuple) -> tuple:
-    "(opened volume or None, {value: number of voxels} or None, problems) of a label map that may hold `allowed`."
+def _check_mask(path: Path, allowed: tuple, most: int = 50) -> tuple:
+    "(opened volume or None, {value: number of voxels} or None, problems) of a label map that may hold `allowed`, or anything but no more than `most` values."
     try: opened = open_volume(path)
     except InputError as e: return None, None, [("file", str(e))]
     x, problems = _voxels(path)
@@ -593,7 +633,9 @@ def _check_mask(path: Path, allowed: tuple) -> tuple:
     held, counts = np.unique(np.rint(some) if some.dtype.kind == "f" else some, return_counts=True)
     odd = some[np.abs(some - np.rint(some)) > 1e-3] if some.dtype.kind == "f" else some[:0]
     strange = [int(v) for v in held if allowed and v and v not in allowed]
-    if odd.size: problems = [("label values", f"{path} holds {odd[0]:g} and a label map holds whole numbers: write it anew.")]
+    if not allowed and len(held) > most:
+        problems = [("label values", f"{path} holds {len(held)} different values and looks like an image: name the label map as the mask, or say which of its values make the label.")]
+    elif odd.size: problems = [("label values", f"{path} holds {odd[0]:g} and a label map holds whole numbers: write it anew.")]
     elif strange:
         declared = ", ".join(map(str, allowed))
         problems = [("label values", f"{path} holds {_some(map(str, strange))} besides 0 and the declared {declared}: correct the file or the table of labels.")]
@@ -602,13 +644,15 @@ def _check_mask(path: Path, allowed: tuple) -> tuple:
 # %% ../nbs/01_datasets.ipynb #f8efe590
 def _check_files(pool: TaskPool) -> tuple:
     "({image: what `_check_image` returns}, {mask: what `_check_mask` returns}), every file read once."
-    masks, images = {}, {}
+    masks, most, images, declared = {}, {}, {}, {}
     for t in pool:
         for c in t.cases:
             masks.setdefault(c.mask, []).append(t.values)
+            most[c.mask] = min(most.get(c.mask, 1000), 1000 if c.labels else 50)  # an atlas of which some values are taken may hold many
             images.setdefault(c.image, set()).add(c.channel)
+            if c.channel is not None: declared[c.image] = t.channels
     allowed = {m: tuple(sorted({v for vs in values for v in vs})) if all(values) else () for m, values in masks.items()}
-    jobs = [(_check_mask, m, allowed[m]) for m in masks] + [(_check_image, i, channels) for i, channels in images.items()]
+    jobs = [(_check_mask, m, allowed[m], most[m]) for m in masks] + [(_check_image, i, sorted(channels, key=str), declared.get(i, 0)) for i, channels in images.items()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         found = list(progress(threads.map(lambda job: job[0](*job[1:]), jobs), "checking", len(jobs)))
     return dict(zip(images, found[len(masks):])), dict(zip(masks, found))
@@ -620,7 +664,7 @@ def _file_problems(pool, images, masks) -> list:
     for t in pool:
         for c in t.cases:
             for file in (c.mask, c.image): users.setdefault(file, {})[t.name] = None
-    return [("error", kind, _some(users[file], 1), str(file), said)
+    return [("note" if kind == "constant image" else "error", kind, _some(users[file], 1), str(file), said)
             for found in (masks, images) for file, (*_, problems) in found.items() for kind, said in problems]
 
 # %% ../nbs/01_datasets.ipynb #7082459b
@@ -629,8 +673,8 @@ def _grid_problems(pool, images, masks) -> list:
     pairs = {(c.image, c.channel, c.mask): t.name for t in reversed(pool.tasks) for c in t.cases}
     rows = []
     for (image, channel, mask), task in reversed(pairs.items()):
-        a, (b, held, _) = images[image][0].get(channel), masks[mask]
-        if a is None or held is None or same_grid(a, b): continue
+        a, (b, held, wrong) = images[image][0].get(channel), masks[mask]
+        if a is None or held is None or wrong or same_grid(a, b): continue  # what a wrong mask covers tells nothing
         severity, what = ("note", ", to which it is resampled.") if covers(a, *read_labels(mask)) else (
             "error", " and does not cover it: correct the header that is wrong, or take the case out of the data set.")
         rows.append((severity, "grid", task, str(image), f"{image} is on another grid {a.shape} than its mask {mask} {b.shape}{what}"))
@@ -654,16 +698,20 @@ def _task_row(task: Task, masks) -> dict:
 
 # %% ../nbs/01_datasets.ipynb #4ce08995
 def _empty_problems(pool, masks) -> list:
-    "Tasks with patients who do not have the label."
-    rows = []
+    "One row for each group of tasks in which the same masks do not hold the label: an error where none holds it, else a note."
+    groups = {}
     for t in pool:
         read = [(c.mask, cm3) for c in t.cases if (cm3 := _volume(c, masks)) is not None]
-        none = [mask for mask, cm3 in read if cm3 == 0]
-        if none and len(none) == len(read):
-            values = ", ".join(map(str, t.cases[0].labels)) or "any but 0"
-            said = f"No mask of {t.name} holds its label (value {values}), the first is {none[0]}: correct the table of labels, or leave it out if nobody has it."
-            rows.append(("error", "empty masks", t.name, str(none[0]), said))
-        elif none: rows.append(("note", "empty masks", t.name, str(none[0]), f"{len(none)} of {len(read)} masks of {t.name} are empty, the first is {none[0]}."))
+        none = tuple(mask for mask, cm3 in read if cm3 == 0)
+        lost = bool(none) and len(none) == len(read)
+        if none: groups.setdefault((none, len(read), t.cases[0].labels if lost else None), []).append(t.name)
+    rows = []
+    for (none, read, labels), names in groups.items():
+        if labels is not None:
+            values = ", ".join(map(str, labels)) or "any but 0"
+            said = f"No mask of {_some(names)} holds its label (value {values}), the first is {none[0]}: correct the table of labels, or leave it out if nobody has it."
+        else: said = f"{len(none)} of {_many(read, 'mask')} of {_some(names)} {'are' if len(none) > 1 else 'is'} empty, {'the first' if len(none) > 1 else 'that'} is {none[0]}."
+        rows.append(("note" if labels is None else "error", "empty masks", names[0], str(none[0]), said))
     return rows
 
 
@@ -674,8 +722,8 @@ def _shared_patients(pool) -> list:
         for p in t.patients: tasks.setdefault(p, []).append(t.name)
     groups = Counter(tuple(names) for names in tasks.values() if len(names) > 1)
     file = {t.name: t.cases[0].image for t in pool}
-    said = lambda names, n: (f"{n} patient{'s are' if n > 1 else ' is'} in {len(names)} tasks ({_some(names)}; the first image is {file[names[0]]}): "
-                             "those who are tested are removed from every source.")
+    said = lambda names, n: (f"{_many(n, 'patient')} {'are' if n > 1 else 'is'} in {len(names)} tasks ({_some(names)}; the first image is {file[names[0]]}): "
+                             f"{'those who are' if n > 1 else 'a patient who is'} tested {'are' if n > 1 else 'is'} removed from every source.")
     return [("note", "shared patients", names[0], str(file[names[0]]), said(names, n)) for names, n in groups.items()]
 
 # %% ../nbs/01_datasets.ipynb #1ee0ab6b
@@ -693,7 +741,7 @@ def _copies(pool, masks: dict) -> list:
         if group[0] in label_maps and not telling(group[0], set().union(*(owners[f] for f in group))): continue
         first, a, _ = named[group[0]]
         for file, b, task in map(named.get, group[1:]):
-            if a != b: rows.append(("error", "copies", task, str(file), f"{file} of {b} is, byte for byte, {first} of {a}: take one of the two patients out."))
+            if a != b: rows.append(("error", "copies", task, str(file), f"{file} of {b} has the same content as {first} of {a}: take one of the two patients out."))
     return rows
 
 
@@ -702,8 +750,9 @@ def _split_problems(pool, target, shots, seed, test) -> list:
     try: p = protocol(pool, target, shots, seed, test)
     except InputError as e: return [("error", "split", target, str(pool[target].cases[0].image), f"{str(e).rstrip('.')} (the first image of {target} is {pool[target].cases[0].image}).")]
     first = p.test.cases[0].image
-    return [("note", "split", target, str(first), f"{p.shots} patients of {target} would be trained on and {len(p.test.patients)} tested, the first {first}: "
-             f"{sum(p.removed.values())} of their cases are removed from {len(p.removed)} sources.")]
+    gone = sum(p.removed.values())
+    return [("note", "split", target, str(first), f"{_many(p.shots, 'patient')} of {target} would be trained on and {len(p.test.patients)} tested, the first {first}: "
+             f"{_many(gone, 'case')} of theirs {'is' if gone == 1 else 'are'} removed from {_many(len(p.removed), 'source')}.")]
 
 # %% ../nbs/01_datasets.ipynb #6bbefc82
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 import seqtransfer
-from .affinity import preset_weights
+from .affinity import definition
 from .core import InputError, RunError, code_digest, digest, read_json, replacing
 from .datasets import read_pool
 from .tasks import TaskPool, protocol
@@ -147,7 +147,7 @@ def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wa
     "The parameters that all notebooks share and the state of the data; raises `InputError` for a run that cannot succeed."
     if not arms: raise InputError(f"No arm was named: the arms are {', '.join(ARMS)}.")
     for arm in arms: arm_sources(arm, (), "")
-    preset_weights(mode)
+    definition(mode)
     if recipe.target_steps < 1 or recipe.source_steps < sources: raise InputError("Every stage needs at least one step: ask for more steps.")
     pool = read_pool(data, **wanted)
     split = protocol(pool, target, shots, seed, test)

@@ -122,7 +122,7 @@ class _Rules:
 @dataclass(frozen=True)
 class _Search:
     "The distances of one question: how a path goes on, and what it costs at least."
-    distance: object  # (N, N), an array or `_Distances`
+    distance: np.ndarray  # (N, N)
     rules: _Rules
     early: np.ndarray  # (N,) what a source costs that is not the last, besides its hop
     end: np.ndarray  # (N,) the hop to the target
@@ -232,10 +232,17 @@ def _ask(names, wanted):
             raise InputError(f"The affinity holds no task {name}: choose one of its {len(names)} names, such as {near}.")
 
 
+def _whole(what, number):
+    "Raises `InputError` for a number that does not count, such as 2.0."
+    if not isinstance(number, (int, np.integer)): raise InputError(f"The number of {what} is {number!r}: give a whole number, such as 2.")
+
+
 def _free(names, target, exclude, sources, top, lam):
     "Which tasks may be sources, (N,) bool; raises `InputError` when they are too few, or for a number that cannot be meant."
     at = {name: i for i, name in enumerate(names)}
     _ask(at, (target, *exclude))
+    _whole("sources", sources)
+    _whole("paths", top)
     if top < 1: raise InputError(f"The {top} best paths to {target} were asked for: ask for at least one.")
     if sources < 1: raise InputError(f"Paths to {target} were asked for with {sources} sources: ask for at least one.")
     if not 0 <= lam < np.inf: raise InputError(f"The weight lam of the early sources is {lam}: give a number that is not negative.")
@@ -276,6 +283,8 @@ def _starts(at, target, sources, budget, already_trained, steps):
 # %% ../nbs/20_paths.ipynb #e3cec178
 def _groups(at, landmarks):
     "Which tasks may come first, and the community of each task; -1 where it has none."
+    if not isinstance(landmarks, dict): raise InputError("The landmarks have no communities: give a dict from each landmark to its community, as from `landmark_communities`.")
+    landmarks = {k: _sources(part) for k, part in landmarks.items()}
     _ask(at, [name for k, part in landmarks.items() for name in (k, *part)])
     first, group = np.zeros(len(at), bool), np.full(len(at), -1)
     for number, (k, part) in enumerate(landmarks.items()):
@@ -299,19 +308,33 @@ def _rules(names, target, sources, top, landmarks=None, budget=None, already_tra
         barred.setdefault(at[hop[0]], []).append(at[hop[1]])
         if hop[1] == target: final[at[hop[0]]] = False
     first, group = (np.ones(len(names), bool), None) if landmarks is None else _groups(at, landmarks)
-    if allowed is not None: allowed = allowed.reindex(index=names, columns=names, fill_value=False).to_numpy(bool)
+    if allowed is not None:
+        if not isinstance(allowed, pd.DataFrame) or not (allowed.index.is_unique and allowed.columns.is_unique):
+            raise InputError("The allowed hops are no table that says which tasks they join: give a DataFrame with each name once, as from `edges`.")
+        allowed = allowed.reindex(index=names, columns=names, fill_value=False).to_numpy(bool)
     starts = _starts(at, target, sources, budget, already_trained, steps)
     return _Rules(free, first, final, rank, barred, group, allowed, starts)
 
 # %% ../nbs/20_paths.ipynb #d0150af3
-@dataclass(frozen=True)
-class _Distances:
-    "The distances of an affinity, summed where they are looked at; indexed like its matrix, and equal to it off the diagonal."
-    affinity: Affinity
+def _weighed(affinity, at):
+    "The weighted entries at `at` of every term whose weight is not 0; raises `InputError` where there is none."
+    weights = {term: w for term, w in affinity.weights.items() if w}
+    if not weights: raise InputError("The affinity weighs no term, so that all paths cost nothing: give at least one term a weight above 0.")
+    for term in weights:
+        if term not in affinity.terms: raise InputError(f"The affinity weighs the term {term!r} but does not hold it: its terms are {', '.join(affinity.terms)}.")
+    here = Affinity(affinity.names, {term: affinity.terms[term][at] for term in weights}, weights)
+    return {term: np.asarray(share, float) for term, share in here.contributions().items()}
 
-    def __getitem__(self, at):
-        here = Affinity(self.affinity.names, {term: m[at] for term, m in self.affinity.terms.items()}, self.affinity.weights)
-        return sum(np.asarray(share, float) for share in here.contributions().values())
+
+def _distances(affinity):
+    "The distances of an affinity, (N, N) float64, summed block by block; equal to its own off the diagonal."
+    n = len(affinity.names)
+    out, step = np.empty((n, n)), max(1, 2**16 // n)  # so many rows stay in the processor's cache
+    for low in range(0, n, step):
+        first, *more = _weighed(affinity, np.s_[low:low + step]).values()
+        out[low:low + step] = first
+        for share in more: out[low:low + step] += share
+    return out
 
 
 def _numbers(names, distance, free, target):
@@ -333,17 +356,15 @@ def _find(names, distance, target, rules, sources, top, lam):
     return _best(_question(distance, distance[:, t].astype(float), rules, sources, lam), top)
 
 # %% ../nbs/20_paths.ipynb #7ac2d391
-def _part(affinity, names):
-    "The affinity between the tasks `names` alone."
-    at = [affinity.names.index(name) for name in names]
-    return Affinity(tuple(names), {term: m[np.ix_(at, at)] for term, m in affinity.terms.items()}, affinity.weights)
+def _at(affinity, names): return np.ix_(*[[affinity.names.index(name) for name in names]] * 2)
 
 
 def _path(affinity, path, target, lam, tied):
     "The `TransferPath` over the names in `path`, its cost split into the affinity's terms."
-    part, stops = _part(affinity, (*path, target)), (range(len(path)), len(path))
-    shares = tuple((term, path_cost(m, *stops, lam)) for term, m in part.contributions().items())
-    return TransferPath(tuple(path), target, path_cost(part.distance, *stops, lam), path_length(part.distance, *stops), shares, tied)
+    terms, stops = _weighed(affinity, _at(affinity, (*path, target))), (range(len(path)), len(path))
+    distance = sum(terms.values())
+    shares = tuple((term, path_cost(m, *stops, lam)) for term, m in terms.items())
+    return TransferPath(tuple(path), target, path_cost(distance, *stops, lam), path_length(distance, *stops), shares, tied)
 
 # %% ../nbs/20_paths.ipynb #e2edb817
 def best_paths(affinity: Affinity,  # distances between the tasks, from source to target; infinite where there is no way
@@ -362,7 +383,7 @@ def best_paths(affinity: Affinity,  # distances between the tasks, from source t
     "The `top` paths of least cost over all ordered, distinct sources; raises `InputError` where there is none (Yang et al. 2024)."
     names = list(affinity.names)
     rules = _rules(names, target, sources, top, landmarks, budget, already_trained, steps, forbidden, lam, exclude, allowed)
-    paths, tied = _find(names, _Distances(affinity), target, rules, sources, top, lam)
+    paths, tied = _find(names, _distances(affinity), target, rules, sources, top, lam)
     if not paths:
         raise InputError(f"No path of {sources} source{'s' * (sources > 1)} to {target} keeps to the allowed hops{' and the budget' * (budget is not None)}: "
                          "allow more or ask for fewer sources.")
@@ -381,13 +402,13 @@ def path_table(paths,  # of TransferPath, as `best_paths` returns them; several 
 
 def side_by_side(affinity: Affinity,  # distances between the tasks
                  target: str,  # name of the target task
-                 sources=(1, 2, 3),  # the numbers of sources to ask for
+                 sources=(1, 2, 3),  # the numbers of sources to ask for; also one number
                  top: int = 1,  # how many paths of each number
                  **search,  # further arguments of `best_paths`
                 ) -> list:  # of TransferPath, by number of sources, the best of each number first
     "The best paths of several numbers of sources; a number without any path is left out, and `InputError` raised when that leaves none."
     found, why = [], []
-    for number in sources:
+    for number in sources if np.iterable(sources) else (sources,):
         try: found += best_paths(affinity, target, number, top, **search)
         except InputError as e: why.append(e)
     if not found: raise why[0] if why else InputError(f"No number of sources to {target} was asked for: ask for at least one.")
@@ -429,6 +450,7 @@ class Explanation:
 
     def __str__(self):
         lines, more = [f"{self.path} costs {self.path.cost:.3g}."], lambda x: f"{abs(x):.3g} {'more' if x >= 0 else 'less'}"
+        if self.path.tied: lines.append("Another path costs the same; the shorter length decided, not the cost.")
         if self.runner_up:
             *terms, (_, cost), (_, length) = self.lacks["difference"].items()
             same = _rounded(np.array(self.path.cost)) == _rounded(np.array(self.runner_up.cost))
@@ -448,7 +470,7 @@ def hop_table(path: TransferPath,  # any path
     _ask(affinity.names, stops)
     last = len(path.sources)
     parts = [("hop", j, j + 1, 1.0) for j in range(last)] + [("early", j, last, lam) for j in range(last - 1) if lam]
-    terms = _part(affinity, stops).contributions()
+    terms = _weighed(affinity, _at(affinity, stops))
     rows = [{"kind": kind, "from": stops[a], "to": stops[b], **{term: w * float(m[a, b]) for term, m in terms.items()}} for kind, a, b, w in parts]
     return pd.DataFrame(rows).assign(cost=[sum(r[term] for term in terms) for r in rows])
 
@@ -484,16 +506,21 @@ def _resampled(replicates, names, target, rules, ways, lam):
 # %% ../nbs/20_paths.ipynb #4aa280b7
 def explain(path: TransferPath,  # usually the best, as from `best_paths`
             affinity: Affinity,  # the distances it was found with
-            replicates=None,  # (B, N, N) distances in the order of the affinity's names, or anything that yields such matrices; None: no probability
+            replicates=None,  # (B, N, N) distances in the order of the affinity's names, or anything that yields such matrices; None: the affinity's own, if it has any
             **search,  # the arguments of `best_paths` it was found with, besides `sources` and `top`
            ) -> Explanation:  # prints as sentences
-    "The parts of a path's cost, its runner-up, and its probability of being the best; raises `InputError` for replicates that do not fit."
+    "The parts of a path's cost, its runner-up, and its probability of being the best; raises `InputError` for replicates that do not fit or a path that meets a task twice."
+    if stray := [what for what in ("sources", "top") if what in search]:
+        raise InputError(f"The path says its number of sources and only its runner-up is looked for: leave {' and '.join(stray)} out.")
+    if len({*path.sources, path.target}) <= len(path.sources): raise InputError(f"The path {path} meets one task twice: explain a path of distinct sources.")
     names, sources, target, lam = list(affinity.names), len(path.sources), path.target, search.get("lam", 1.0)
     hops = hop_table(path, affinity, lam)
     path = _path(affinity, path.sources, target, lam, path.tied)
     other = _runner_up(path, affinity, search)
     plain = Explanation(path, hops, other, _difference(path, other) if other else None, None, None, None, None)
-    if replicates is None: return plain
+    if replicates is None:
+        if not affinity.replicates: return plain
+        replicates = affinity.resampled()
     ways = [tuple(names.index(name) for name in p.sources) for p in (path, other) if p]
     won, gaps = _resampled(replicates, names, target, _rules(names, target, sources, 1, **search), ways, lam)
     if not won: raise InputError(f"There is no replicate to explain {path} with: give at least one, or None.")
@@ -513,11 +540,19 @@ def edges(tasks,  # a TaskPool, or any tasks with `name`, `modality` and `label`
     return pd.DataFrame(joined & ~np.eye(len(tasks), dtype=bool), names, names)
 
 # %% ../nbs/20_paths.ipynb #44195487
+def _lengths(pairs):
+    "Of edges (a, b, d) those that are not infinitely long; raises `InputError` for a length that is not a number or negative."
+    pairs = list(pairs)
+    for a, b, d in pairs:
+        if not d >= 0: raise InputError(f"The distance between {a} and {b} is {d}, which is no length of an edge: compute it again, or add a constant to all distances.")
+    return [(a, b, d) for a, b, d in pairs if d < np.inf]
+
+
 def source_graph(affinity: Affinity,  # distances between the tasks
                  pool,  # TaskPool, or any tasks: their modality, label, data set and patients
                  target: str | None = None,  # name of the target task, which is left out
-                ) -> nx.Graph:  # nodes are task names; edges carry `d`
-    "The source graph under the edge rule; nodes know modality, label, dataset, site, cases and the patients of their domain."
+                ) -> nx.Graph:  # nodes are task names; edges carry `d`, and are absent where it is infinite
+    "The source graph under the edge rule, its nodes with modality, label, dataset, site, cases and their domain's patients; raises `InputError` for a `d` that is not a number or negative."
     tasks = sorted((x for x in pool if x.name != target), key=lambda x: x.name)
     _ask(list(affinity.names), [x.name for x in tasks] + [target] * (target is not None))
     domain = {}
@@ -528,7 +563,8 @@ def source_graph(affinity: Affinity,  # distances between the tasks
                        domain_cases=len(domain[x.dataset, x.site]))
     table = pd.DataFrame(affinity.distance, affinity.names, affinity.names)
     rule = edges(tasks)
-    graph.add_edges_from((a, b, dict(d=(table.at[a, b] + table.at[b, a]) / 2)) for a, b in combinations(graph, 2) if rule.at[a, b])
+    joined = _lengths((a, b, (table.at[a, b] + table.at[b, a]) / 2) for a, b in combinations(graph, 2) if rule.at[a, b])
+    graph.add_weighted_edges_from(joined, weight="d")
     return graph
 
 # %% ../nbs/20_paths.ipynb #37a0d403
@@ -550,12 +586,12 @@ def communities(graph: nx.Graph,  # as from `source_graph`
                 n: int,  # how many communities, at most the number of nodes
                 cut=busiest,  # the next edge to take away: `busiest` (the paper) or `strained`
                ) -> list:  # of tuples of node names, both sorted; more than `n` where the graph falls apart into more from the start
-    "Girvan-Newman communities; raises `InputError` when there are fewer nodes than communities."
+    "Girvan-Newman communities; raises `InputError` when there are fewer nodes than communities, or for a `d` that is not a number or negative."
     if not 1 <= n <= len(graph):
         raise InputError(f"{n} communities of {len(graph)} sources cannot be made: choose between 1 and {len(graph)}.")
     ordered = nx.Graph()  # networkx breaks ties by insertion, hence a sorted copy
     ordered.add_nodes_from(sorted(graph))
-    ordered.add_edges_from(sorted((*sorted((a, b)), {"d": w}) for a, b, w in graph.edges(data="d")))
+    ordered.add_weighted_edges_from(_lengths(sorted((*sorted((a, b)), d) for a, b, d in graph.edges(data="d"))), weight="d")
     found = list(nx.connected_components(ordered))
     if len(found) < n:
         found = next(c for c in nx.community.girvan_newman(ordered, most_valuable_edge=cut) if len(c) >= n)

@@ -11,9 +11,12 @@ from skimage.transform import resize as sk_resize
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from seqtransfer.affinity import Affinity, affinity, compute_terms, sample, signatures
+from seqtransfer import affinity as module
+from seqtransfer.affinity import TERMS, Affinity, affinity, case_pairs, compute_terms, draws, extend, sample, sampled, task_means
 from seqtransfer.core import InputError
 from seqtransfer.datasets import read_pool
+from seqtransfer.paths import best_paths, explain
+from seqtransfer.similarity.signature import signatures
 from seqtransfer.tasks import TaskPool
 
 
@@ -110,7 +113,7 @@ def test_paper_mode_is_the_paper(pool, paper):
 
 
 def test_default_terms_are_means_of_exact_distances(pool):
-    a = affinity(pool)
+    a = affinity(pool, explained=0.75, field=None)
     z = {}
     for t in pool:
         for c in t.cases:
@@ -144,7 +147,8 @@ def test_default_ignores_the_unit_of_a_data_set(root, pool, tmp_path):
 
 def test_table_and_round_trip(paper, tmp_path):
     path = paper.save(tmp_path / "out" / "affinity.csv")
-    assert path.read_text().splitlines()[0] == "Node A,Node B,ICA,OCA,fg_z,pca_z,Distance"
+    head = path.read_text().splitlines()[0]
+    assert head.startswith("Node A,Node B,ICA,OCA,fg_z,pca_z,contrast,size,Distance,ICA low,ICA high,") and head.endswith(",Distance low,Distance high")
     assert len(pd.read_csv(path)) == 5 * 4
     again = Affinity.load(path)
     assert again.names == paper.names and again.weights == paper.weights
@@ -210,15 +214,19 @@ def test_samples_are_shared_by_tasks_of_one_domain_and_stable(pool):
 
 
 def test_order_of_the_pool_does_not_matter(pool):
-    forth, back = compute_terms(pool), compute_terms(tuple(pool)[::-1])
+    forth, back = (compute_terms(order)[0] for order in (tuple(pool), tuple(pool)[::-1]))
     assert all(np.allclose(m, back[t][::-1, ::-1], rtol=1e-10) for t, m in forth.items())
 
 
-def test_one_reading_serves_all_labels_of_an_image(pool):
-    found = signatures(pool)
-    groups = {}
-    for c, (image, _) in found.items(): groups.setdefault(c.image, set()).add(id(image.ica))
-    assert all(len(ids) == 1 for ids in groups.values()) and max(len([c for c in found if c.image == i]) for i in groups) == 2
+def test_one_reading_serves_all_labels_of_an_image(pool, monkeypatch):
+    from seqtransfer.similarity import signature as module
+    opened = []
+    for name in ("read_image", "read_labels"):
+        f = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda x, *rest, f=f: (opened.append(getattr(x, "image", x)), f(x, *rest))[1])
+    cases = [c for t in pool for c in t.cases]
+    found = signatures(cases, keep=False)
+    assert sorted(opened) == sorted({c.image for c in cases} | {c.mask for c in cases}) and len(cases) == len(found.objects) > len(found.images)
 
 
 def test_one_task_is_refused(pool):
@@ -239,11 +247,13 @@ def test_one_empty_mask_is_left_out(tmp_path):
     mask = lambda rng, k: ((np.arange(12**3).reshape(12, 12, 12) < 200) & (k > 0)).astype(np.uint8)
     write_dataset(tmp_path, 3, "Gamma", (12, 12, 12), ["T1", "T2"], {"core": 1}, 3, mask=mask)
     a, b = read_pool(tmp_path)
-    found = signatures([a, b])
-    rows = [[found[c][0].fg_z for c in sorted(t.cases, key=lambda c: c.patient)] for t in (a, b)]
-    assert rows[0][0] is None and rows[1][0] is None
+    found = signatures([*a.cases, *b.cases])
+    rows = [[found.objects[c.image_key, c.mask_key].fg_z for c in sorted(t.cases, key=lambda c: c.patient)] for t in (a, b)]
+    assert not rows[0][0].size and not rows[1][0].size
     expected = np.mean([np.abs(rows[0][i] - rows[1][j]).mean() for i, j in ((1, 2), (2, 1))])  # pairs of two patients that have the object
-    assert compute_terms([a, b])["fg_z"][0, 1] == pytest.approx(expected)
+    assert compute_terms([a, b])[0]["fg_z"][0, 1] == pytest.approx(expected)
+    whole = affinity(TaskPool((a, b)))
+    assert np.isfinite(whole.distance).all() and np.isfinite(whole.interval()).all()
 
 
 def test_constant_volume_is_refused_by_file(tmp_path):
@@ -258,3 +268,141 @@ def test_damaged_file_is_refused_by_file(tmp_path):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match="c1_0000"):
         affinity(read_pool(tmp_path))
+
+
+# --- intervals, growth, choices ---
+def weighted_mean(d, p, q, s, w, paired):
+    "The mean of one pair of tasks under weights of patients, one pair of cases at a time."
+    pairs = [(i, j) for i in range(len(s.cases[p])) for j in range(len(s.cases[q]))]
+    same = lambda i, j: s.patients[p, i] == s.patients[q, j]
+    within = paired and s.domains[p] == s.domains[q]
+    wanted = [x for x in pairs if same(*x) == within] or pairs
+    weight = lambda i, j: w[s.patients[p, i]] * (1 if within else w[s.patients[q, j]])
+    return sum(weight(*x) * d[x] for x in wanted) / sum(weight(*x) for x in wanted)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_means_under_weights_one_by_one(pool, paired):
+    s = sampled(pool)
+    items = np.arange(s.patients.size).reshape(s.patients.shape)
+    D = np.random.default_rng(0).random((s.patients.size,) * 2); D = D + D.T
+    drawn = draws(s.names, 3).astype(float)
+    means = task_means(D, items, s, paired, drawn)
+    for p in range(len(s.cases)):
+        for q in range(p):
+            expected = [weighted_mean(D[np.ix_(items[p], items[q])], p, q, s, w, paired) for w in drawn]
+            assert means[:, p, q] == pytest.approx(expected) and np.array_equal(means[:, q, p], means[:, p, q])
+
+
+def test_draws_belong_to_the_patient():
+    one, two = draws(("a", "b", "c"), 500, seed=1), draws(("c", "a"), 500, seed=1)
+    assert np.array_equal(one[:, [2, 0]], two) and (one[0] == 1).all()
+    assert abs(one[1:].mean() - 1) < 0.1 and not np.array_equal(one, draws(("a", "b", "c"), 500, seed=2))
+
+
+def test_more_patients_make_shorter_intervals(tmp_path):
+    "A real effect: means of 4 patients and of 16 of the same population; and both intervals hold the mean of all."
+    write_dataset(tmp_path, 1, "Alpha", (16, 16, 12), ["T1"], {"core": 1}, 16)
+    write_dataset(tmp_path, 2, "Beta", (16, 16, 12), ["T2"], {"core": 1}, 16)
+    pool = read_pool(tmp_path)
+    ends = {n: affinity(pool, cases=n).interval("pca_z")[:, 0, 1] for n in (4, 16)}
+    whole = affinity(pool, cases=16).terms["pca_z"][0, 1]
+    assert np.ptp(ends[16]) < np.ptp(ends[4]) and ends[16][0] < whole < ends[16][1]
+
+
+def test_one_case_has_no_interval(tmp_path):
+    write_dataset(tmp_path, 1, "Alpha", (14, 14, 12), ["T1"], {"core": 1}, 1)
+    write_dataset(tmp_path, 2, "Beta", (14, 14, 12), ["T2"], {"core": 1}, 1)
+    a = affinity(read_pool(tmp_path))
+    assert np.isfinite(a.distance).all() and np.allclose(a.interval(), a.distance, rtol=1e-5)
+
+
+def test_the_interval_of_the_distance_follows_the_weights(pool):
+    a = affinity(pool, weights={"fg_z": 1.0}, scaled=False)
+    b = affinity(pool).weighted({"fg_z": 1.0})
+    assert np.allclose(a.interval(), a.interval("fg_z")) and np.allclose(a.interval(), b.interval(), rtol=1e-4)
+    assert Affinity(a.names, a.terms, a.weights).interval() is None
+
+
+def test_a_term_that_does_not_count_may_be_missing(tmp_path):
+    m = np.ones((2, 2)) - np.eye(2)
+    a = Affinity(("a", "b"), {"x": m, "y": m * np.nan}, {"x": 1.0, "y": 0.0}, replicates={"x": m[None], "y": m[None] * np.nan})
+    assert np.array_equal(a.distance, m) and np.array_equal(next(a.resampled()), m)
+
+
+def test_a_path_is_explained_with_its_probability(pool):
+    a = affinity(pool)
+    best = best_paths(a, a.names[0], 2, 1)[0]
+    why = explain(best, a)
+    first = [best_paths(Affinity(a.names, {"d": d}, {"d": 1.0}), a.names[0], 2, 1)[0].sources for d in a.resampled()]
+    assert why.probability == np.mean([f == best.sources for f in first]) and why.winners["probability"].sum() == pytest.approx(1)
+
+
+def test_growth_computes_new_pairs_only(pool, monkeypatch):
+    "A sixth task costs its own rows: rows of quantiles compared are counted."
+    old = affinity(TaskPool(tuple(pool)[:-1]), mode="default")
+    compared = []
+    monkeypatch.setattr(module, "quantile_distance", lambda a, b, f=module.quantile_distance: (compared.append(len(a)), f(a, b))[1])
+    grown = extend(old, pool)
+    whole = affinity(pool)
+    new, everything = compared[:3], compared[3:]  # `ica`, `fg_z` and `pca_z`, each in one block
+    assert new == [len(pool.tasks[-1])] * 3 and sum(everything) > sum(new)
+    assert grown.names == whole.names and np.array_equal(grown.distance[:-1, :-1], old.distance) and grown.weights == old.weights
+    assert all(np.allclose(grown.terms[t], whole.terms[t]) and np.allclose(grown.replicates[t], whole.replicates[t], rtol=1e-4, atol=1e-6) for t in TERMS)
+
+
+def test_growth_with_a_target_in_the_papers_mode(pool):
+    target = next(t.name for t in pool if t.modality == "T1")
+    old = affinity(TaskPool(tuple(t for t in pool if t.label != "lesion")), mode="paper", target=target, shots=1)
+    grown, whole = extend(old, pool), affinity(pool, mode="paper", target=target, shots=1)
+    order = [grown.names.index(n) for n in whole.names]
+    assert np.allclose(grown.distance[np.ix_(order, order)], whole.distance) and grown.names[-1] != target
+    with pytest.raises(InputError, match="not in the pool"):
+        extend(whole, TaskPool(tuple(t for t in pool if t.label != "lesion")))
+    with pytest.raises(InputError, match="how it was made"):
+        extend(Affinity(("a", "b"), {}, {}), pool)
+
+
+def test_parquet_is_the_csv(paper, tmp_path):
+    a, b = (Affinity.load(paper.save(tmp_path / name)) for name in ("a.csv", "a.parquet"))
+    assert a.names == b.names and a.weights == b.weights and a.parameters == b.parameters and np.array_equal(a.distance, b.distance)
+    assert np.allclose(a.interval()[:, 0, 1], paper.interval()[:, 0, 1]) and a.frame(True).equals(b.frame(True))
+    with pytest.raises(InputError, match="parquet"):
+        paper.save(tmp_path / "a.xlsx")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(InputError, match="b.parquet"):
+        Affinity.load(tmp_path / "b.parquet")
+    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(InputError, match="c.parquet"):
+        Affinity.load(tmp_path / "c.parquet")
+
+
+def test_masks_empty_in_both_tasks_are_named_before_anything_is_compared(tmp_path):
+    write_dataset(tmp_path, 3, "Gamma", (12, 12, 12), ["T1"], {"core": 1}, 2, mask=lambda rng, k: np.zeros((12, 12, 12), np.uint8))
+    write_dataset(tmp_path, 4, "Delta", (12, 12, 12), ["T1"], {"core": 1}, 2, mask=lambda rng, k: np.zeros((12, 12, 12), np.uint8))
+    with pytest.raises(InputError, match="Gamma-T1-core"):
+        affinity(read_pool(tmp_path))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_voxel_that_is_no_number_is_refused_by_file(tmp_path, value):
+    def image(rng, k):
+        x = rng.normal(size=(12, 12, 12)); x[3, 4, 5] = value
+        return x
+    write_dataset(tmp_path, 5, "Holes", (12, 12, 12), ["T1"], {"core": 1, "rim": 2}, 2, image=image)
+    with pytest.raises(InputError, match=r"c\d_0000.nii.gz"):
+        affinity(read_pool(tmp_path))
+
+
+def test_one_component_and_one_case_are_enough(tmp_path):
+    "A volume whose columns are multiples of one profile has one component."
+    image = lambda rng, k: np.outer(rng.random(144), np.arange(12)).reshape(12, 12, 12)
+    write_dataset(tmp_path, 6, "Rank", (12, 12, 12), ["T1"], {"core": 1, "rim": 2}, 1, image=image)
+    a = affinity(read_pool(tmp_path), mode="paper")
+    assert np.isfinite(a.distance).all() and a.terms["ica"][0, 1] == 0  # two labels of one image
+
+
+@pytest.mark.parametrize("wrong", [dict(signs="random"), dict(sings="loading"), dict(cases=0)])
+def test_choices_that_do_not_exist(pool, wrong):
+    with pytest.raises(InputError):
+        affinity(pool, **wrong)

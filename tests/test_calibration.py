@@ -390,10 +390,27 @@ PATHS = TABLE.assign(path=[(s,) for s in TABLE.source])
     (dict(affinity=replace(A, terms=dict.fromkeys("ab", FLAT))), "the same for all sources"),
     (dict(terms=["a"]), "a alone"), (dict(terms=[]), "no term alone"), (dict(terms=["a", "fgz"]), "no term 'fgz'"),
     (dict(search="guess"), "no search 'guess'.*grid, bayes"), (dict(groups=dict.fromkeys(A.names, "here")), "all share its patients .here."),
-    (dict(k=(0,)), "at least one")])
+    (dict(k=(0,)), "at least one"), (dict(k=0), "the 0 nearest.*at least one"), (dict(k=(1, 1.5)), "the 1.5 nearest.*at least one"), (dict(seed=-1), "seed is -1"), (dict(seed=.5), "seed is 0.5"),
+    (dict(lam=-1), "lam of the early sources is -1"), (dict(lam=np.nan), "not negative"), (dict(terms="a"), "weights of a alone"),
+    (dict(measured=TABLE.assign(target=TABLE.target.where(TABLE.index != 3))), "Row 3 of the measured transfers has no target"),
+    (dict(measured=TABLE.assign(target=TABLE.target.where(TABLE.index != 30, ""))), "Row 30 of the measured transfers has no target")])
 def test_what_cannot_be_used_is_said(wrong, says):
     with pytest.raises(InputError, match=says) as e: calibrate(**{"affinity": A, "measured": TABLE} | wrong)
     assert "\n" not in str(e.value)
+
+
+def test_one_number_of_tries():
+    assert calibrate(A, TABLE, k=2) == calibrate(A, TABLE, k=(2,)) == calibrate(A, TABLE, k=np.array([2]))
+
+
+@pytest.mark.parametrize("gone, left", [("cases", {"same modality and label"}), ("label", {"data-set size"}), ("modality", {"data-set size"}), ("dataset", {"data-set size", "same modality and label"})])
+def test_what_is_not_known_of_every_task_makes_no_baseline_and_no_group(gone, left):
+    about = {n: {k: v for k, v in a.items() if k != gone or n != A.names[2]} for n, a in A.parameters["tasks"].items()}
+    fit = calibrate(replace(A, parameters={"tasks": about}), TABLE)
+    assert {"data-set size", "same modality and label"} & set(fit.table().index) == left
+    assert fit.folds == calibrate(replace(A, parameters={"tasks": {}}), TABLE).folds  # each task is a group of its own, by its data set or by its name
+    half = {n: a for n, a in list(about.items())[:4]} | {A.names[4]: None}
+    assert not {"data-set size", "same modality and label"} & set(calibrate(replace(A, parameters={"tasks": half}), TABLE).table().index)
 
 
 def test_a_grid_of_three_terms_is_refused():

@@ -1,4 +1,5 @@
 "Layouts written by hand from the data sets' own descriptions, never by the phantom's writer: what is listed, what is read, what is refused."
+import gzip
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from seqtransfer.core import InputError
 from seqtransfer.datasets import read_fets, read_iseg, read_manifest, read_msd, read_nnunet, read_pool, read_wmh, validate
-from seqtransfer.tasks import Case, foreground, open_volume, read_case, slug, task_name, task_parts, unread_format
+from seqtransfer.tasks import Case, foreground, open_volume, protocol, read_case, slug, task_name, task_parts, twins, unread_format
 
 SHAPE, GRID = (6, 7, 8), np.array([[2.0, 0, 0, -9], [0, 2, 0, -5], [0, 0, 3, 4], [0, 0, 0, 1]])
 MODALITIES, TUMOUR = ("t1", "t1ce", "t2", "flair"), {"NCR": 1, "ED": 2, "ET": 4}
@@ -294,6 +295,18 @@ def test_wmh_ignores_other_pathology_and_resamples_no_t1(tmp_path):
     assert validate(pool).ok
 
 
+def test_a_folder_beside_the_subjects_of_wmh_is_skipped_by_name(tmp_path):
+    wmh(tmp_path / "training", TRAINING, empty=True)
+    before = sizes(read_wmh(tmp_path))
+    touch(tmp_path / "training" / "Utrecht" / "notes" / "todo.txt")
+    (tmp_path / "training" / "Amsterdam" / "GE3T" / "0 old").mkdir()
+    for read in (read_wmh, read_pool):
+        pool = read(tmp_path)
+        assert sizes(pool) == before and {"training/Utrecht/notes", "training/Amsterdam/GE3T/0 old"} == {where for where, _ in pool.skipped}
+    (tmp_path / "training" / "Utrecht" / "33").mkdir()  # a number is a subject, and this one is incomplete
+    refused(lambda: read_wmh(tmp_path), "Utrecht/33")
+
+
 def test_the_three_data_sets_hold_108_tasks(tmp_path):
     fets(tmp_path, [(site, site) for site in (*SOURCES, 16)], empty=True)
     for n in range(1, 11):
@@ -340,11 +353,25 @@ def test_a_label_map_that_holds_what_no_table_names(tmp_path):
     ({"channel_names": ["T2"]}, "channel_names"), ({"channel_names": []}, "channel_names"), ({"channel_names": {"0": ["T2"]}}, "channel_names"),
     ({"channel_names": {"0": ""}}, "dataset.json"), ({"channel_names": {"T2": 0}}, "channel_names"), ({"labels": {"病变": 1}}, "病变"),
     ({"labels": {"lesion": 1.5}}, "labels"),
-    ({"labels": {"background": 0}}, "label"), ({"labels": [0, 1]}, "labels"), ({"file_ending": 3}, "file_ending"), ({"file_ending": ".nii"}, ".nii")], ids=str)
+    ({"labels": {"background": 0}}, "label"), ({"labels": [0, 1]}, "labels"), ({"file_ending": 3}, "file_ending"), ({"file_ending": ".nii"}, ".nii"),
+    ({"file_ending": "nii.gz"}, "dot"), ({"labels": {"background": 0, "a": 1, "b": 1}}, "the labels a and b"), ({"labels": {"l": 1, "ignore": 1}}, "ignored and belongs to l"),
+    ({"labels": {"l": [1, 2], "ignore": 2}}, "ignored and belongs to l"), ({"channel_names": {"0": "T2", "1": "T2"}}, "2 channels are called T2"),
+    ({"labels": {"white matter": 1, "white-matter": 2}}, "'white matter' and the label 'white-matter'"), ({"channel_names": {"0": "T2 a", "1": "T2-a"}}, "'T2 a' and the modality 'T2-a'")], ids=str)
 def test_a_description_that_is_wrong_is_named(tmp_path, told, word):
     folder = nnunet(tmp_path, {"background": 0, "lesion": 1})
     (folder / "dataset.json").write_text(json.dumps(json.loads((folder / "dataset.json").read_text()) | told))
     refused(lambda: read_pool(tmp_path), word, folder, "dataset.json")
+
+
+def test_a_region_of_one_label_is_no_second_label_of_its_value(tmp_path):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "whole": [1], "ignore": 2})
+    assert set(read_nnunet(folder).names) == {"Brain-T2-lesion", "Brain-T2-whole"}
+
+
+def test_a_data_set_of_nnunet_without_its_description_says_what_must_be_in_it(tmp_path):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1})
+    (folder / "dataset.json").unlink()
+    for read in (read_pool, read_nnunet): refused(lambda: read(folder), folder / "dataset.json", "is missing", "channel_names", "labels", "file_ending")
 
 
 def msd(root, name="Task01_BrainTumour", entries=None):
@@ -372,12 +399,24 @@ def test_msd_reads_the_channel_that_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("told, word", [
     ({"modality": ["T1w"]}, "modality"), ({"modality": [1]}, "modality"), ({"modality": {"0": ["T1w"]}}, "modality"),
-    ({"labels": {"1": "tumour", "2": "tumour"}}, "labels"),
+    ({"labels": {"1": "tumour", "2": "tumour"}}, "labels"), ({"modality": {"0": "T1w", "1": "T1w", "2": "T2w"}}, "two modalities of one name"),
+    ({"labels": {"1": "tumour a", "2": "tumour-a"}}, "'tumour a' and the label 'tumour-a'"),
     ({"training": {}}, "training"), ({"training": ["imagesTr/BRATS_001.nii.gz"]}, "training"), ({"labels": {"one": "edema"}}, "labels")], ids=str)
 def test_a_decathlon_description_that_is_wrong_is_named(tmp_path, told, word):
     folder = msd(tmp_path)
     (folder / "dataset.json").write_text(json.dumps(json.loads((folder / "dataset.json").read_text()) | told))
     refused(lambda: read_pool(tmp_path), word, folder)
+
+
+@pytest.mark.parametrize("named", [1, 2])
+def test_a_file_with_more_channels_than_modalities_are_named_is_a_problem(tmp_path, named):
+    folder = msd(tmp_path)
+    told = json.loads((folder / "dataset.json").read_text())
+    assert validate(read_msd(folder, modalities="T1w")).ok  # a part of the modalities is no fault
+    (folder / "dataset.json").write_text(json.dumps(told | {"modality": {str(i): f"M{i}" for i in range(named)}}))
+    problems = validate(read_msd(folder)).problems.query("severity == 'error'")
+    assert set(problems["file"]) == {str(folder / "imagesTr" / f"BRATS_00{i}.nii.gz") for i in (1, 2)}
+    if named == 2: assert set(problems["kind"]) == {"channels"} and problems["problem"].str.contains("3 channels and its data set names 2 modalities").all()
 
 
 @pytest.mark.parametrize("where", ["../elsewhere/x.nii.gz", "./imagesTr/../../elsewhere/x.nii.gz", "{root}/elsewhere/x.nii.gz"])
@@ -448,6 +487,38 @@ def test_a_manifest_that_is_incomplete_is_refused_by_row(tmp_path):
     refused(lambda: read_manifest(tmp_path / "nothing.csv"), "nothing.csv")
 
 
+def test_two_words_of_a_manifest_that_become_one_are_named(tmp_path):
+    rows = [row.replace("Ulm", "Ulm north") for row in ENTRIES[:2]] + [row.replace("Bonn", "Ulm-north") for row in ENTRIES[2:]]
+    refused(lambda: read_manifest(manifest(manifest_files(tmp_path), rows)), tmp_path / "cohort.csv", "'Ulm north' and the site 'Ulm-north'", "Ulm_north")
+
+
+def test_a_home_folder_in_a_manifest(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(manifest_files(tmp_path / "home")))
+    rows = [row.replace("scans/", "~/scans/").replace("masks/", "~/masks/") for row in ENTRIES]
+    assert read_case(read_manifest(manifest(tmp_path / "tables", rows)).tasks[0].cases[0]).mask.any()
+
+
+def test_a_file_that_is_no_table_is_no_folder(tmp_path):
+    file = save(tmp_path / "study" / "x.nii.gz", image())
+    for read in (read_pool, read_fets, read_nnunet): refused(lambda: read(file), f"{file} is a file", f"its folder {file.parent}")
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int16])
+def test_an_image_in_the_place_of_a_mask_is_a_problem(tmp_path, kind):
+    manifest_files(tmp_path)
+    save(tmp_path / "scans" / "b-T1.nii.gz", image(11, (9, 9, 9)), OTHER_GRID)  # also where image and mask are on two grids
+    save(tmp_path / "masks" / "b.nii.gz", image(5).astype(kind))
+    problems = validate(read_manifest(manifest(tmp_path, ENTRIES))).problems.query("severity == 'error'")
+    assert problems["kind"].tolist() == ["label values"] and problems["file"].tolist() == [str(tmp_path / "masks" / "b.nii.gz")] and "looks like an image" in problems["problem"].item()
+
+
+def test_an_atlas_of_which_one_value_is_taken_is_none(tmp_path):
+    manifest_files(tmp_path)
+    atlas = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
+    for p, y in (("a", atlas), ("b", atlas[::-1])): save(tmp_path / "masks" / f"{p}.nii.gz", y)
+    assert validate(read_manifest(manifest(tmp_path, [f"{row},17" for row in ENTRIES], "patient,image,mask,modality,site,label,value"))).ok
+
+
 def test_a_manifest_in_an_old_encoding_is_named(tmp_path):
     rows = [row.replace("Ulm", "Köln") for row in ENTRIES]
     refused(lambda: read_manifest(manifest(manifest_files(tmp_path), rows, encode=lambda s: s.encode("cp1252"))), "cohort.csv", "UTF-8")
@@ -507,6 +578,87 @@ def test_a_patient_who_is_there_twice(tmp_path):
     splits = [row for p in problems for row in p[(p["kind"] == "split") & (p["severity"] == "error")].itertuples()]  # only where one of the two is tested and the other trained on
     assert splits and all(re.search("[ad]_0000.nii.gz", f"{row.file} {row.problem}") for row in splits)
     refused(lambda: validate(read_nnunet(folder), target="Brain-T2-lesoin"), "Brain-T2-lesoin", "Brain-T2-lesion")
+
+
+def test_a_copy_that_is_compressed_in_another_way_is_a_copy(tmp_path):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "other": 2}, cases="abcdef")
+    a, d = (folder / "imagesTr" / f"{c}_0000.nii.gz" for c in "ad")
+    d.write_bytes(gzip.compress(gzip.decompress(a.read_bytes()), 0, mtime=9))
+    assert a.stat().st_size != d.stat().st_size and twins([d, a, folder / "imagesTr" / "b_0000.nii.gz"]) == {a: d, d: d}
+    said = " ".join(validate(read_nnunet(folder)).problems.query("kind == 'copies'")["problem"])
+    assert "a_0000.nii.gz" in said and "d_0000.nii.gz" in said
+    (tmp_path / "two").mkdir()
+    other = shutil.copytree(folder, tmp_path / "two" / "Dataset043_Again")
+    for file in other.rglob("*.gz"): file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()), 0, mtime=9))
+    for file in (a, d): file.unlink(), (folder / "labelsTr" / file.name.replace("_0000", "")).unlink()
+    split = protocol(read_pool(tmp_path), "Brain-T2-lesion", shots=1)
+    assert split.removed["Again-T2-lesion"] == split.removed["Brain-T2-other"] == 3
+
+
+def test_twins_look_into_files_that_are_damaged_or_empty(tmp_path):
+    whole = gzip.compress(image().tobytes())
+    for name, content in {"a": whole[:-20], "b": whole[:-20], "c": b"", "d": b"", "e": whole}.items(): (tmp_path / f"{name}.gz").write_bytes(content)
+    a, b, c, d, e = (tmp_path / f"{name}.gz" for name in "abcde")
+    assert twins([a, b, c, d, e]) == {a: a, b: a, c: c, d: c}
+
+
+def unpacked(path, voxels):
+    "A `.nii.gz` of blocks that are only stored, so that a bit that flips changes one voxel and nothing else."
+    save(path, voxels)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 0))
+    return path
+
+
+@pytest.mark.parametrize("where", ["imagesTr/a_0000", "labelsTr/b"])
+@pytest.mark.parametrize("at", [400, -100, -6, -2], ids=["first voxels", "last voxels", "checksum", "length"])
+def test_a_flipped_bit_is_found(tmp_path, where, at):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "other": 2})
+    file = unpacked(folder / f"{where}.nii.gz", image() if "images" in where else label_map(1, 2))
+    pool = read_nnunet(folder)
+    assert validate(pool).ok
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    problems = validate(pool).problems.query("severity == 'error'")
+    assert problems["kind"].tolist() == ["file"] and str(file) in problems["problem"].item()
+    refused(lambda: [read_case(c) for c in pool["Brain-T2-lesion"].cases], file)
+
+
+def test_a_flipped_bit_in_another_channel_is_found(tmp_path):
+    folder = msd(tmp_path)
+    file = unpacked(folder / "imagesTr" / "BRATS_001.nii.gz", np.stack([image(c) for c in range(3)], -1))
+    raw = bytearray(file.read_bytes())
+    raw[-100] ^= 1
+    file.write_bytes(raw)
+    assert validate(read_msd(folder, modalities="FLAIR")).problems.query("severity == 'error'")["file"].tolist() == [str(file)]
+
+
+@pytest.mark.parametrize("dtype, word", [(np.complex64, "complex64"), (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "RGB")], ids=["complex", "RGB"])
+def test_voxels_that_are_no_numbers(tmp_path, dtype, word):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "other": 2})
+    file = save(folder / "imagesTr" / "a_0000.nii.gz", np.zeros(SHAPE, dtype))
+    pool = read_nnunet(folder)
+    said = validate(pool).problems.query("severity == 'error'")["problem"].item()
+    assert said == refused(lambda: read_case(pool.tasks[0].cases[0]), file, word, "an image holds numbers")
+
+
+def test_a_constant_image_is_noted(tmp_path):
+    folder = msd(tmp_path)
+    save(folder / "imagesTr" / "BRATS_001.nii.gz", np.stack([image(), np.full(SHAPE, 7, np.float32), image(2)], -1))
+    checked = validate(read_msd(folder))
+    note = checked.problems.query("kind == 'constant image'")
+    assert checked.ok and note["severity"].tolist() == ["note"] and "The channel 1" in note["problem"].item() and "BRATS_001.nii.gz holds 7 in every voxel" in note["problem"].item()
+    assert "constant image" not in set(validate(read_msd(folder, modalities="FLAIR")).problems["kind"])
+
+
+def test_masks_that_are_empty_are_said_once(tmp_path):
+    folder = nnunet(tmp_path, {"background": 0, "lesion": 1, "core": 2, "rim": 3}, ("T1", "T2", "FLAIR"), cases="abc")
+    save(folder / "labelsTr" / "b.nii.gz", label_map())
+    problems = validate(read_nnunet(folder)).problems
+    notes, errors = (problems[(problems["kind"] == "empty masks") & (problems["severity"] == s)]["problem"].tolist() for s in ("note", "error"))
+    assert len(notes) == len(errors) == 1
+    assert notes[0].startswith("1 of 3 masks of Brain-T1-lesion, Brain-T1-core, Brain-T2-lesion and 3 more is empty, that is") and "b.nii.gz" in notes[0]
+    assert errors[0].startswith("No mask of Brain-T1-rim, Brain-T2-rim, Brain-FLAIR-rim holds its label (value 3)")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,5 @@
 """The search against enumeration: every ordered choice of sources, costed one by one in exact arithmetic, straight from the definition."""
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from decimal import Context, Decimal
@@ -67,11 +68,11 @@ def search(d, t, m, top, may, **asked):
 
 
 @st.composite
-def pools(draw, symmetric=None, infinite=False, least=4):
+def pools(draw, symmetric=None, infinite=False, least=4, signed=True):
     "A small matrix of whole numbers (many exact ties), of tenths (ties up to rounding), or of random reals (none, unless symmetric)."
     n = draw(st.integers(least, 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    kind = draw(st.sampled_from(["whole", "tenths", "reals", "signed", "few"]))
+    kind = draw(st.sampled_from(["whole", "tenths", "reals", "few"] + ["signed"] * signed))
     d = {"whole": lambda: rng.integers(0, 4, (n, n)).astype(float), "tenths": lambda: rng.integers(1, 9, (n, n)) / 10, "reals": lambda: rng.random((n, n)),
          "signed": lambda: rng.integers(-3, 4, (n, n)) / 4, "few": lambda: rng.choice([.1, .3, 1e6], (n, n))}[kind]()
     if draw(st.booleans()) if symmetric is None else symmetric:
@@ -271,7 +272,7 @@ def test_the_edge_rule_is_kept_among_sources_only(d, m, seed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(pools(), st.integers(0, 2**32 - 1), st.randoms())
+@given(pools(infinite=True, signed=False), st.integers(0, 2**32 - 1), st.randoms())
 def test_graph_communities_and_landmarks_ignore_order(d, seed, random):
     a, tasks = made(d), tasks_of(len(d), seed)
     graph = source_graph(a, tasks)
@@ -291,7 +292,7 @@ def test_graph_communities_and_landmarks_ignore_order(d, seed, random):
 
 
 @settings(max_examples=30, deadline=None)
-@given(pools(symmetric=True), st.integers(0, 2**32 - 1), st.integers(1, 3), st.randoms())
+@given(pools(symmetric=True, signed=False), st.integers(0, 2**32 - 1), st.integers(1, 3), st.randoms())
 def test_the_landmark_strategy_ignores_the_order_of_files(d, seed, n, random):
     "Tasks in another order, and an affinity with its rows in another order again, as from folders that list differently."
     a, tasks = made(d), tasks_of(len(d), seed)
@@ -307,7 +308,7 @@ def test_the_landmark_strategy_ignores_the_order_of_files(d, seed, n, random):
 
 
 @settings(max_examples=40, deadline=None)
-@given(pools(), st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([busiest, strained]))
+@given(pools(signed=False), st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([busiest, strained]))
 def test_landmark_paths_are_those_of_the_paper(d, seed, n, cut):
     "k is a landmark, i another source of its community and joined to it; among these the cheapest."
     a, tasks = made(d), tasks_of(len(d), seed)
@@ -331,6 +332,26 @@ def test_rounding_does_not_hide_a_tie_of_landmarks():
     graph.add_edge("y", "z", d=9)
     nx.set_node_attributes(graph, .5, "domain_cases")
     assert .1 + .2 + .3 > .3 + .2 + .1 and landmarks(graph, [tuple(graph)]) == ["a"]
+
+
+def test_lengths_of_edges_that_are_none():
+    "An infinite distance is no edge; one that is negative or not a number is refused by the names of its tasks."
+    tasks, d = tasks_of(6, 0), np.random.default_rng(0).random((6, 6))
+    for wrong in (np.nan, -.1):
+        graph = nx.complete_graph(["a", "b", "c"])
+        nx.set_edge_attributes(graph, 1., "d")
+        graph.edges["a", "c"]["d"] = wrong
+        with pytest.raises(InputError, match="between a and c") as e: communities(graph, 2)
+        assert str(e.value).endswith(".") and ". " not in str(e.value).replace("-0.1", "")
+        a, b, _ = next(iter(source_graph(made(d), tasks).edges(data="d")))
+        bad, at = d.copy(), (int(a[1:]), int(b[1:]))
+        bad[at] = bad[at[::-1]] = wrong
+        with pytest.raises(InputError, match=f"between {a} and {b}"): source_graph(made(bad), tasks)
+    far = d.copy()
+    far[at] = np.inf
+    assert not source_graph(made(far), tasks).has_edge(a, b) and len(source_graph(made(far), tasks)) == 6
+    graph = nx.Graph([("a", "b", {"d": 1.}), ("b", "c", {"d": np.inf})])
+    assert communities(graph, 1) == [("a", "b"), ("c",)]  # apart from the start
 
 
 def test_a_domain_counts_each_patient_once():
@@ -357,7 +378,9 @@ def test_exclude():
     (dict(landmarks={"t01": ["t02"], "t03": ["t02"]}), "t02 is in the communities of two landmarks"), (dict(landmarks={"t01": []}), "allowed hops"),
     (dict(budget=-1), "cannot be kept"), (dict(budget=np.nan), "cannot be kept"), (dict(budget=10, steps=0), "cannot be kept"), (dict(already_trained=["t9"]), "no task t9"),
     (dict(budget=999, steps=1000), "trains 0 of 2 sources on the way to t00, and no path of 2 is trained yet"),
-    (dict(budget=0, already_trained=[("t01", "t00")]), "the allowed hops and the budget")])
+    (dict(budget=0, already_trained=[("t01", "t00")]), "the allowed hops and the budget"),
+    (dict(sources=2.0), "number of sources is 2.0"), (dict(sources="2"), "number of sources is '2'"), (dict(top=2.5), "number of paths is 2.5"), (dict(landmarks=["t01", "t02"]), "dict from each landmark"),
+    (dict(allowed=np.ones((5, 5), bool)), "give a DataFrame"), (dict(allowed=pd.DataFrame(True, ["t01"] * 2, ["t01", "t02"])), "each name once")])
 def test_mistakes_are_answered_in_one_sentence(ask, sentence):
     with pytest.raises(InputError, match=sentence):
         best_paths(made(1. - np.eye(5)), **{"target": "t00", **ask})
@@ -374,6 +397,37 @@ def test_a_missing_number_is_named():
     d[3, 0] = -np.inf
     with pytest.raises(InputError, match="from t03 to t00"):
         best_paths(made(d), "t00", exclude="t02")
+
+
+def test_an_affinity_must_weigh_a_term_that_it_holds():
+    d = 1. - np.eye(4)
+    for weights, sentence in (({}, "weighs no term"), ({"a": 0.}, "weighs no term"), ({"b": 1.}, "weighs the term 'b' but does not hold it: its terms are a")):
+        with pytest.raises(InputError, match=sentence): best_paths(Affinity(tuple("wxyz"), {"a": d}, weights), "w")
+
+
+def test_a_term_without_weight_is_never_read():
+    "Neither in the search, nor in the shares, nor in an explanation; whatever it holds."
+    d = np.random.default_rng(0).random((6, 6))
+    a = made(d)
+    spoilt = replace(a, terms=a.terms | {"gone": np.full((6, 6), np.nan)}, weights=a.weights | {"gone": 0.})
+    assert best_paths(spoilt, "t00", 3) == best_paths(a, "t00", 3) and str(explain(best_paths(a, "t00")[0], spoilt)) == str(explain(best_paths(a, "t00")[0], a))
+    assert hop_table(best_paths(a, "t00")[0], spoilt).equals(hop_table(best_paths(a, "t00")[0], a))
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_the_terms_are_summed_once_into_one_matrix(m, monkeypatch):
+    "Counted in entries, not in seconds: the search reads each term once, and holds one sum beside them."
+    n, read, plain = 600, [], Affinity.contributions
+    a = made(np.random.default_rng(0).random((n, n)))
+    def counted(self):
+        read.append(next(iter(self.terms.values())).size)
+        return plain(self)
+    monkeypatch.setattr(Affinity, "contributions", counted)
+    tracemalloc.start()
+    best_paths(a, a.names[0], m)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n * n <= sum(read) < 1.01 * n * n and peak < 2 * 8 * n * n + 8 * 2**20
 
 
 def test_the_table_ranks_within_target_and_number():
@@ -402,6 +456,30 @@ def test_side_by_side_and_the_rule_for_the_number(d):
     assert recommend(beside, lambda paths: max(len(p.sources) for p in paths)) == found[numbers.index(max(numbers))]
     for wrong in ("no such rule", lambda paths: 9):
         with pytest.raises(InputError, match="rule"): recommend(beside, wrong)
+
+
+def test_side_by_side_takes_one_number_too():
+    a = made(np.random.default_rng(0).random((5, 5)))
+    assert side_by_side(a, "t00", sources=2, top=3) == best_paths(a, "t00", 2, 3) == side_by_side(a, "t00", sources=np.int64(2), top=3)
+    with pytest.raises(InputError, match="number of sources is 2.0"): side_by_side(a, "t00", sources=2.0)
+
+
+def test_landmarks_with_a_community_of_one_name():
+    a = made(np.random.default_rng(0).random((5, 5)))
+    assert [p.sources for p in best_paths(a, "t00", landmarks={"t01": "t02"})] == [("t01", "t02")]
+
+
+@pytest.mark.parametrize("score", ["leep", "h_score"])
+def test_a_score_drives_the_search_with_its_sign_turned(score):
+    "The best path is that of the highest scores; positive scores make negative distances, with which more sources cost less until they are shifted."
+    table = np.random.default_rng(0).random((6, 6)) - (score == "leep")
+    names = tuple(f"t{i:02d}" for i in range(6))
+    turned, shifted = (Affinity(names, {score: m}, {score: 1.}) for m in (-table, table.max() - table))
+    for m in (1, 2, 3):
+        highest = max(permutations(range(1, 6), m), key=lambda p: sum(table[x, y] for x, y in zip(p, (*p[1:], 0))) + sum(table[v, 0] for v in p[:-1]))
+        assert best_paths(turned, "t00", m)[0].sources == best_paths(shifted, "t00", m)[0].sources == tuple(names[v] for v in highest)
+    costs = lambda a: [p.cost for p in side_by_side(a, "t00")]
+    assert costs(shifted) == sorted(costs(shifted)) and costs(turned) == sorted(costs(turned), reverse=score == "h_score")
 
 
 def test_a_rule_of_ones_own_has_a_name(monkeypatch):
@@ -458,6 +536,35 @@ def test_explaining_a_path_that_is_not_the_best():
     assert why.winners is None and why.probability is None and why.interval is None
     free = TransferPath(other.sources, "t00", np.nan, np.nan)  # costs are taken from the affinity
     assert explain(free, a).path == replace(why.path, tied=False)
+
+
+def test_an_affinity_with_replicates_explains_itself():
+    "As with the same matrices handed over; and matrices that are handed over come first."
+    rng = np.random.default_rng(0)
+    a = made(rng.random((5, 5)))
+    terms = {t: (m + rng.random((20, 5, 5)) / 9).astype(np.float32) for t, m in a.terms.items()}
+    held = replace(a, replicates=terms)
+    best = best_paths(a, "t00")[0]
+    why = explain(best, held)
+    by_hand = explain(best, a, [terms["a"][b].astype(float) + terms["b"][b] for b in range(20)])
+    assert why.probability == by_hand.probability is not None and why.winners.equals(by_hand.winners) and "resampled" in str(why)
+    assert explain(best, a).probability is None and explain(best, held, np.stack([a.distance] * 3)).probability == 1
+    light = replace(held, weights={"a": 1., "b": 0.})  # under the current weights
+    assert explain(best, light).winners.equals(explain(best, replace(light, replicates={}), terms["a"].astype(float)).winners)
+
+
+def test_an_explanation_says_that_the_cost_did_not_decide():
+    said = "Another path costs the same; the shorter length decided, not the cost."
+    tied, single = made(1. - np.eye(4)), made(np.random.default_rng(0).random((4, 4)))
+    for a in (tied, single):
+        best = best_paths(a, "t00")[0]
+        assert (said in str(explain(best, a)).split("\n")) == best.tied == (a is tied)
+
+
+@pytest.mark.parametrize("sources, extra, sentence", [(("t01", "t01"), {}, "meets one task twice"), (("t00", "t01"), {}, "meets one task twice"),
+                                                      (("t01", "t02"), {"top": 3}, "leave top out"), (("t01", "t02"), {"sources": 2, "top": 3}, "leave sources and top out")])
+def test_what_cannot_be_explained(sources, extra, sentence):
+    with pytest.raises(InputError, match=sentence): explain(TransferPath(sources, "t00", 1., 1.), made(1. - np.eye(4)), **extra)
 
 
 def test_replicates_that_do_not_fit_are_named():

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -451,6 +452,45 @@ def test_score_all():
     assert list(everything) == list(SCORES) and all(type(v) is float and np.isfinite(v) for v in everything.values())
     assert set(score_all(features=given["features"], labels=given["labels"])) == set(FEATURE_SCORES)
     with pytest.raises(InputError, match="No score needs 'soft_max': try softmax"): score_all(soft_max=given["softmax"], labels=given["labels"])
+
+
+def test_a_score_that_refuses_its_arrays_does_not_take_the_others_with_it():
+    given = voxels(0)
+    wrong = given | {"softmax": 1.1 * given["softmax"], "cases": np.zeros(len(given["labels"]))}
+    with pytest.warns(UserWarning) as said: found = score_all(**wrong)
+    assert [name for name, value in found.items() if np.isnan(value)] == ["nce", "leep", "cc_fv"] == [str(w.message).split(": ")[0] for w in said]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = score_all(**given)
+    assert {name: value for name, value in found.items() if not np.isnan(value)} == {name: plain[name] for name in found if name not in ("nce", "leep", "cc_fv")}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, needs) in SCORES.items() if "features" in needs])
+@pytest.mark.parametrize("scale", [1e160, 1e100, 1e-100, 1e-160])
+def test_features_of_a_size_that_has_no_powers(name, scale):
+    given = voxels(0)
+    function, needs = SCORES[name]
+    with pytest.raises(InputError, match="rescale"): function(*[scale * given[k] if k.endswith("features") else given[k] for k in needs])
+
+
+@pytest.mark.parametrize("name", [name for name, (_, needs) in SCORES.items() if "features" in needs])
+@pytest.mark.parametrize("scale", [1e60, 1e-60])
+def test_large_and_small_features_are_scored(name, scale):
+    "As far as a score does not depend on the unit, it is the one of the features as they are."
+    given = voxels(0)
+    function, needs = SCORES[name]
+    score = lambda by: function(*[by * given[k] if k.endswith("features") else given[k] for k in needs])
+    assert np.isfinite(score(scale))
+    if name in ("h_score", "h_score_shrunk", "logme", "otce"): assert score(scale) == pytest.approx(score(1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(sample=-1), "sample of a case is -1"), (dict(sample=1), "2 or more"), (dict(sample=2.5), "sample of a case is 2.5"), (dict(seed=-1), "seed is -1")])
+def test_samples_that_cannot_be_drawn(wrong, says):
+    given = voxels(0)
+    with pytest.raises(InputError, match=says): feature_variety(given["features"], given["cases"], **wrong)
+    with pytest.raises(InputError, match=says): cc_fv(given["features"], given["labels"], given["cases"], **wrong)
+    n = {"n" if k == "sample" else k: v for k, v in wrong.items()}
+    with pytest.raises(InputError): balanced_sample(given["labels"], **{"n": 20} | n)
 
 
 LARGE = """

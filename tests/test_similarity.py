@@ -4,15 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 from scipy.stats import wasserstein_distance
 from skimage.transform import resize as sk_resize
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
 from seqtransfer.core import InputError
-from seqtransfer.similarity.image import image_signatures, pca_scores, quantile_distance, quantiles, resize, resize_matrix, wasserstein
+from seqtransfer.similarity.image import bounds, image_signature, pca_scores, quantile_distance, quantiles, resize, resize_matrix, tissue, wasserstein, wasserstein_matrix
 from seqtransfer.similarity.label import LabelSignature, label_signature, on_grid, overlaps, ssim, ssim_matrix
+from seqtransfer.similarity.object import object_signature, shell
 
 SHAPES = [(20, 31, 17), (24, 24, 24), (40, 12, 150)]
 
@@ -118,14 +119,40 @@ def test_quantiles_of_as_many_as_there_are_is_the_sorted_sample(x):
     assert np.array_equal(quantiles(x, len(x)), np.sort(x))
 
 
-def test_signature_of_an_image_is_shared_by_its_masks():
+@given(st.lists(sample, min_size=1, max_size=5), st.lists(sample, min_size=1, max_size=3), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_all_pairs_are_the_exact_distance(xs, ys, chunk):
+    xs, ys = [np.sort(x) for x in xs], [np.sort(y) for y in ys]
+    for others in (None, ys):
+        expected = [[wasserstein_distance(x, y) for y in (others or xs)] for x in xs]
+        assert np.allclose(wasserstein_matrix(xs, others, chunk=chunk), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_all_pairs_of_scores_are_exact():
+    "Scores of volumes with two, three and more components, to a millionth of SciPy's distance."
+    scores = [np.sort(pca_scores(resize(smooth(k, SHAPES[k % 3])), explained)) for k, explained in enumerate((1, 2, 0.75, 0.9))]
+    assert len({len(s) for s in scores}) > 2
+    expected = [[wasserstein_distance(a, b) for b in scores] for a in scores]
+    assert np.allclose(wasserstein_matrix(scores, threads=2), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_full_scores_are_sorted_and_quantiles_are_theirs():
     x = smooth(0, (20, 20, 20))
-    a, b, c = image_signatures(x, [x > 100, x > 150, x > 1e9])
-    assert a.ica is b.ica and a.pca_z is b.pca_z and c.fg_z is None
-    assert a.ica.shape == a.pca_z.shape == a.fg_z.shape == (1024,)
-    full, = image_signatures(x, [x > 100], exact=True)
-    assert np.array_equal(full.ica, np.sort(pca_scores(resize(x))))
-    assert np.abs(quantiles(full.ica) - a.ica).max() < 1e-5 * np.ptp(full.ica)  # the quantiles come from a grid in single precision
+    short, full = image_signature(x), image_signature(x, exact=True)
+    assert short.ica.shape == short.pca_z.shape == (1024,)
+    assert np.allclose(full.ica, np.sort(pca_scores(resize(x))), rtol=0, atol=1e-9 * np.ptp(full.ica))
+    assert np.abs(quantiles(full.ica) - short.ica).max() < 1e-5 * np.ptp(full.ica)  # the quantiles come from a grid in single precision
+
+
+@pytest.mark.parametrize("turn", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_memory_order_and_torch_change_nothing(turn):
+    x = np.pad(smooth(4, (20, 24, 18)), ((3, 2), (0, 5), (4, 4)))
+    stored = np.ascontiguousarray(x.transpose(turn)).transpose(np.argsort(turn))
+    assert np.array_equal(stored, x) and bounds(stored != 0) == (slice(3, 23), slice(0, 24), slice(4, 22))
+    for exact in (False, True):
+        ours, theirs, on_torch = image_signature(x, exact), image_signature(stored[::-1, ::-1][::-1, ::-1], exact), image_signature(stored, exact, device="cpu:0")
+        for term in ("ica", "pca_z"):
+            for other in (theirs, on_torch): assert np.allclose(getattr(other, term), getattr(ours, term), rtol=0, atol=(1e-9 if exact else 1e-5) * np.ptp(getattr(ours, term)))
 
 
 @pytest.mark.parametrize("background", [0.0, -37.5, 1000.0])
@@ -135,12 +162,38 @@ def test_margins_change_nothing_but_the_grid(background):
     x[9:31, 4:30, 5:22] += 50 + smooth(3, (22, 26, 17)).astype(np.float32)
     mask = np.zeros(x.shape, bool)
     mask[10:14, 0:8, 6:10] = True  # half of it in the margin
-    ours, exact = (image_signatures(x, [mask], exact)[0] for exact in (False, True))
+    ours, exact = (image_signature(x, exact) for exact in (False, True))
     grid = sk_resize(x.astype(np.float64), (128,) * 3, anti_aliasing=True)
     theirs = np.sort(PCA(0.75).fit_transform(grid.reshape(-1, 128)).ravel())
     assert np.abs(exact.ica - theirs).max() < 1e-6 * np.ptp(theirs) and np.abs(ours.ica - quantiles(theirs)).max() < 1e-5 * np.ptp(theirs)
     z = np.where(x != background, (x - x[x != background].mean()) / x[x != background].std(), 0)
-    assert np.abs(ours.fg_z - quantiles(z[mask])).max() < 1e-3
+    assert np.abs(object_signature(tissue(x), shell(mask, None, (1, 1, 1))).fg_z - quantiles(z[mask])).max() < 1e-3
+
+
+@pytest.mark.parametrize("value", [5.1, -2000.0])
+def test_tissue_without_contrast_has_no_components(value):
+    "A foreground of one value: its raw volume has components, its normalised one has none."
+    x = np.zeros((20, 20, 20)); x[4:9, 5:11, 6:12] = value
+    assert tissue(x).sd == 0
+    with pytest.raises(InputError, match="constant"):
+        image_signature(x)
+
+
+def test_shell_is_a_dilation_without_mask_and_ignored():
+    rng = np.random.default_rng(0)
+    mask, ignored = rng.random((20, 18, 16)) > 0.99, rng.random((20, 18, 16)) > 0.9
+    box, inner, near = shell(mask, ignored & ~mask, (2.0, 5.0, 9.0))
+    whole = np.zeros_like(mask); whole[box] = near
+    expected = binary_dilation(mask, np.ones((5, 3, 3)), iterations=1) & ~mask & ~ignored
+    assert np.array_equal(whole, expected) and np.array_equal(mask[box], inner)
+
+
+def test_contrast_by_hand():
+    x = np.zeros((24, 24, 24)); x[2:22, 2:22, 2:22] = 10 + np.arange(20)[:, None, None] % 2  # alternating, mean 10.5, sd 0.5
+    mask = np.zeros(x.shape, bool); mask[10:14, 10:14, 10:14] = True; x[mask] += 5
+    s, inside = object_signature(tissue(x), shell(mask, None, (5.0, 5.0, 5.0))), x != 0
+    around = np.zeros_like(mask); around[9:15, 9:15, 9:15] = True
+    assert s.contrast == pytest.approx((x[mask].mean() - x[around & ~mask].mean()) / x[inside].std(), abs=1e-5)
 
 
 masks = arrays(bool, (6, 5, 4))

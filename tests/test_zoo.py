@@ -56,6 +56,13 @@ def test_a_whole_zoo_is_sound(everything):
     assert found.ok and set(found.problems["kind"]) <= {"shared patients", "empty masks"}
 
 
+def test_the_tables_of_fets_have_the_line_ends_of_windows(everything):
+    folder = everything / "fets2022" / "MICCAI_FeTS2022_TrainingData"
+    for k in (1, 2):
+        head, *rows, rest = (folder / f"partitioning_{k}.csv").read_bytes().split(b"\r\n")
+        assert head == b"Partition_ID,Subject_ID" and rest == b"" and len(rows) == 4 * len(INSTITUTIONS) and not any(b"\n" in row or b"\r" in row for row in rows)
+
+
 def test_two_processes_write_the_same_bytes_and_a_killed_one_goes_on(tmp_path):
     args = "--like", "wmh2017", "--size", "20", "--cases", "6"
     bytes_of = lambda folder: {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,4 +1,4 @@
-"""Does transfer between phantom tasks look like transfer? `make transfer` writes nbs/records/transfer.csv, which the page on the zoo shows.
+"""Does transfer between phantom tasks look like transfer? `make transfer` writes nbs/records/transfer.csv, which the page on the zoo shows, and beside it, in transfer.json, with which code.
 
 Every source is trained once for each seed under one plan, then fine-tuned on few cases of each target and tested on the others. A run that was interrupted goes on."""
 import sys
@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
-from seqtransfer.core import progress, read_json, write_json
+from seqtransfer.core import code_digest, progress, read_json, write_json
 from seqtransfer.datasets import read_pool
 from seqtransfer.evaluation import evaluate
 from seqtransfer.networks import Plan, load_network
@@ -43,6 +43,7 @@ def main(out):
         jobs = [(pool, out, source, target, seed) for target in targets for seed in SEEDS for source in (None, *SOURCES)]
         rows += progress(Parallel(-1, return_as="generator")(delayed(one)(*job) for job in jobs), f"transfer to {', '.join(targets)}", len(jobs))
     pd.DataFrame(rows).round(4).to_csv(Path(__file__).parent / "transfer.csv", index=False)
+    write_json(Path(__file__).parent / "transfer.json", {"code of phantom, zoo and training": code_digest("phantom", "zoo", "training")})
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]).absolute())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID', 'SIGNS', 'resize_matrix', 'stored_order', 'reached', 'resize', 'pca_scores', 'wasserstein', 'quantiles',
-           'quantile_distance', 'wasserstein_matrix', 'Tissue', 'tissue', 'ImageSignature', 'image_signature']
+           'quantile_distance', 'wasserstein_matrix', 'Tissue', 'bounds', 'tissue', 'ImageSignature', 'image_signature']
 
 # %% ../../nbs/10_similarity.image.ipynb #83b04f80
 from concurrent.futures import ThreadPoolExecutor
@@ -71,12 +71,11 @@ def reached(volume,  # ...HWD float array: the part of a larger volume that is n
            ) -> tuple:  # (the part of the resized volume that is not 0, its three slices)
     "The larger volume on a grid of `shape`, as `skimage.transform.resize(..., anti_aliasing=True)` gives it for floats, where it is not 0."
     size = size or volume.shape[-3:]
-    box, spans = box or tuple(slice(0, n) for n in size), []
-    for axis, (n, m, part) in enumerate(zip(size, shape, box)):
-        rows, parts = _bands(n, m, part.start, part.stop)
-        volume = _along(volume, volume.ndim - 3 + axis, rows.stop - rows.start, parts)
-        spans.append(rows)
-    return volume, tuple(spans)
+    box, spans = box or tuple(slice(0, n) for n in size), {}
+    for axis in sorted(range(3), key=lambda axis: shape[axis] / size[axis]):  # the one that shrinks most first: less is left for the others
+        spans[axis], parts = _bands(size[axis], shape[axis], box[axis].start, box[axis].stop)
+        volume = _along(volume, volume.ndim - 3 + axis, spans[axis].stop - spans[axis].start, parts)
+    return volume, tuple(spans[axis] for axis in range(3))
 
 
 def resize(volume: np.ndarray,  # HWD, any numbers
@@ -97,7 +96,7 @@ SIGNS = ("loading", "skewness")  # how the sign of a component is fixed
 
 def _components(x,  # (D, m) float array: the columns of voxels that are not all 0
                 n: int,  # columns in all
-                explained: float = 0.75,  # share of the variance to be exceeded
+                explained: float = 0.75,  # share of the variance to be exceeded; a whole number: so many components
                ) -> tuple:  # mean (D,) and components (D, k), numpy float64, signs by the largest loading
     "The fewest principal components that explain more than `explained`; raises `InputError` when the columns are alike up to rounding."
     xp = array_namespace(x)
@@ -106,16 +105,17 @@ def _components(x,  # (D, m) float array: the columns of voxels that are not all
     to_numpy = lambda a: np.asarray(a if isinstance(a, np.ndarray) else a.cpu(), np.float64)
     mean, cov = to_numpy(mean), to_numpy(centred @ centred.T)
     cov = (cov + (n - x.shape[1]) * np.outer(mean, mean)) / max(n - 1, 1)
-    if not np.trace(cov) > len(cov) * (100 * float(xp.finfo(x.dtype).eps) * largest) ** 2:  # also false for NaN
+    rounding = float(xp.finfo(x.dtype).eps) ** 0.7 * largest  # 1e-5 of the largest value in single precision, 1e-11 in double
+    if not np.trace(cov) > len(cov) * rounding**2:  # also false for NaN
         raise InputError("the volume is constant or not finite, so it has no principal components: replace or leave out this case")
     variance, v = np.linalg.eigh(cov)
     variance, v = np.maximum(variance[::-1], 0), v[:, ::-1]
-    v = v[:, :np.searchsorted(np.cumsum(variance / variance.sum()), explained, side="right") + 1]
+    v = v[:, :explained if isinstance(explained, int) else np.searchsorted(np.cumsum(variance / variance.sum()), explained, side="right") + 1]
     return mean, v * np.sign(v[np.abs(v).argmax(0), np.arange(v.shape[1])])
 
 
 def pca_scores(volume: np.ndarray,  # HWD, finite
-               explained: float = 0.75,  # share of the variance to be exceeded
+               explained: float = 0.75,  # share of the variance to be exceeded; a whole number: so many components
               ) -> np.ndarray:  # (H * W * k,) float64, in the unit of `volume`
     """All scores on the fewest principal components along D that explain more than `explained` (Yang et al. 2024), signs as scikit-learn >= 1.5.
     Raises `InputError` when the volume does not vary in H and W or is not finite."""
@@ -203,25 +203,40 @@ class Tissue:
         here, there = (tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(both, of)) for of in (self.box, box))
         return replace(self, box=tuple(both), raw=self.raw[here], inside=self.inside[here]), there
 
-    def z(self, where=...) -> np.ndarray:  # normalised, 0 in the background, the type of `raw`
-        "The z-scores of the box, or those at an index into it."
-        raw, inside = self.raw[where], self.inside[where]
-        if not self.sd: return np.zeros_like(raw)
-        return (raw * raw.dtype.type(1 / self.sd) - raw.dtype.type(self.mean / self.sd)) * inside
+    def z(self, where=..., out: np.ndarray | None = None) -> np.ndarray:  # normalised, 0 in the background, the type of `raw`
+        "The z-scores of the box, or those at an index into it; written into `out` if that is given."
+        raw, kind = self.raw[where], self.raw.dtype.type
+        out = np.multiply(raw, kind(1 / self.sd if self.sd else 0), out=out)
+        out -= kind(self.mean / self.sd if self.sd else 0)
+        out *= self.inside[where]
+        return out
 
 # %% ../../nbs/10_similarity.image.ipynb #d4695392
+def bounds(mask: np.ndarray,  # HWD bool
+          ) -> tuple | None:  # three slices; None for an empty mask
+    "The smallest box that holds a mask."
+    first, *rest = stored_order(mask)[::-1]  # the axis along which memory runs is gone through once
+    flat, spans = mask.any(first), {}
+    for axis in rest: spans[axis] = np.flatnonzero(flat.any(tuple(i for i, a in enumerate(sorted(rest)) if a != axis)))
+    if not spans[rest[0]].size: return None
+    box = [slice(None)] * 3
+    for axis in rest: box[axis] = slice(int(spans[axis][0]), int(spans[axis][-1]) + 1)
+    along = np.flatnonzero(mask[tuple(box)].any(tuple(rest)))
+    box[first] = slice(int(along[0]), int(along[-1]) + 1)
+    return tuple(box)
+
+
 def tissue(image: np.ndarray,  # HWD, raw, any numbers
            kind=np.float32,  # precision of `raw`
           ) -> Tissue:  # its box and normalisation
     "Finds the foreground of a volume; raises `InputError` for a constant one."
     level, share = border(image)
     differs = image != level
-    if not differs.any(): raise InputError("the volume is constant, so it has no principal components: replace or leave out this case")
+    box = bounds(differs)
+    if box is None: raise InputError("the volume is constant, so it has no principal components: replace or leave out this case")
     if share < 0.9:
         box, inside, level = tuple(slice(0, n) for n in image.shape), foreground(image), image.mean(dtype=np.float64)
     else:
-        spans = [np.flatnonzero(differs.any(tuple(b for b in range(3) if b != a)))[[0, -1]] for a in range(3)]
-        box = tuple(slice(int(a), int(b) + 1) for a, b in spans)
         inside = differs[box]
     raw = np.subtract(image[box], level, dtype=np.float64).astype(kind) if image.dtype.itemsize > 2 else image[box].astype(kind) - kind(level)
     some = raw if share >= 0.9 else raw[inside]  # outside of it there is 0, which adds nothing to a sum
@@ -255,8 +270,10 @@ def _sample(x, n: int, explained: float, signs: str) -> np.ndarray:
 # %% ../../nbs/10_similarity.image.ipynb #7ad2bd03
 def image_signature(image: np.ndarray,  # HWD, raw
                     exact: bool = False,  # keep all scores, sorted, in double precision, instead of 1024 quantiles from single precision
-                    explained: float = 0.75,  # share of the variance that the components exceed
+                    explained: float = 0.75,  # share of the variance that the components exceed, or a whole number of components
                     signs: str = "loading",  # one of `SIGNS`
+                    field: float | None = None,  # mm that the common grid spans along each axis; None: whatever the volume has
+                    spacing: tuple = (1.0, 1.0, 1.0),  # voxel size along H, W, D in mm, of use with `field` only
                     device: str = "cpu",  # where to resize and project: "cpu", or as torch names its devices, e.g. "cuda:0"
                     part: Tissue | None = None,  # what `tissue` found, where that is known
                    ) -> ImageSignature:
@@ -265,14 +282,17 @@ def image_signature(image: np.ndarray,  # HWD, raw
     t = part or tissue(image, np.float64 if exact else np.float32)
     order = stored_order(t.raw)
     inner = lambda values: tuple(values[axis] for axis in order)
-    x = np.stack([v.transpose(order) for v in (t.raw, t.z())])
+    raw, x = t.raw.transpose(order), np.empty((2, *inner(t.raw.shape)), t.raw.dtype)
+    x[0] = raw
+    t.z(out=x[1].transpose(np.argsort(order)))
     if device != "cpu": x = _torch().as_tensor(x, device=device)
-    grid, _ = reached(x, inner(GRID), inner(t.box), inner(t.size))
+    shape = GRID if field is None else tuple(max(1, round(n * s * m / field)) for n, s, m in zip(t.size, spacing, GRID))
+    grid, _ = reached(x, inner(shape), inner(t.box), inner(t.size))
     d = order.index(2)
     grid = array_namespace(grid).permute_dims(grid, (0, 1 + d, *(1 + axis for axis in range(3) if axis != d)))
     columns = grid.reshape(2, grid.shape[1], -1)
     kept = np.sort if exact else quantiles
-    return ImageSignature(*(kept(_sample(c, GRID[0] * GRID[1], explained, signs)) for c in columns))
+    return ImageSignature(*(kept(_sample(c, max(GRID[0] * GRID[1], c.shape[1]), explained, signs)) for c in columns))
 
 
 def _torch():

@@ -59,25 +59,29 @@ def label_signature(mask: np.ndarray,  # HWD bool
 # %% ../../nbs/11_similarity.label.ipynb #dc2b890b
 def overlaps(signatures,  # sequence of N `LabelSignature` on one grid
              block: int = 65536,  # voxels multiplied at a time; bounds the memory
-            ) -> np.ndarray:  # (N, N) float64; the diagonal holds the masks' own sizes
-    "How many voxels each pair of masks shares."
+             rows=None,  # positions whose pairs are wanted; all when None
+            ) -> np.ndarray:  # (N, N) float64, or (rows, N): how many voxels each pair of masks shares
+    "Counts of shared voxels; the diagonal holds the masks' own sizes."
     voxels = [s.voxels for s in signatures]
     used, column = np.unique(np.concatenate(voxels), return_inverse=True)
     ends = np.cumsum([0] + [len(v) for v in voxels])
-    rows = sparse.csr_matrix((np.ones(len(column), np.float32), column, ends), shape=(len(voxels), len(used))).tocsc()
-    gram = np.zeros((len(voxels),) * 2)
+    masks = sparse.csr_matrix((np.ones(len(column), np.float32), column, ends), shape=(len(voxels), len(used))).tocsc()
+    chosen = slice(None) if rows is None else rows
+    gram = np.zeros((len(voxels),) * 2)[chosen]
     for start in range(0, len(used), block):
-        part = rows[:, start:start + block].toarray()
-        gram += part @ part.T  # float32 is exact here: no count in a block exceeds 2**24
+        part = masks[:, start:start + block].toarray()
+        gram += part[chosen] @ part.T  # float32 is exact here: no count in a block exceeds 2**24
     return gram
 
-
+# %% ../../nbs/11_similarity.label.ipynb #719d2664
 def ssim_matrix(signatures,  # sequence of N `LabelSignature` on one grid
                 k1: float = 0.3,  # constant of the mean term
                 k2: float = 0.3,  # constant of the covariance term
-               ) -> np.ndarray:  # (N, N), symmetric, 1 on the diagonal
+                rows=None,  # positions whose pairs are wanted; all when None
+               ) -> np.ndarray:  # (N, N), symmetric, 1 on the diagonal; or (rows, N)
     "`ssim` of all pairs of masks, from the counts of shared voxels."
-    gram, c1, c2 = overlaps(signatures) / signatures[0].size, k1**2, k2**2
-    mu = np.diag(gram)
-    var, product = mu * (1 - mu), np.outer(mu, mu)
-    return (2 * product + c1) * (2 * (gram - product) + c2) / ((np.add.outer(mu**2, mu**2) + c1) * (np.add.outer(var, var) + c2))
+    n, c1, c2 = signatures[0].size, k1**2, k2**2
+    gram, mu = overlaps(signatures, rows=rows) / n, np.array([len(s.voxels) for s in signatures]) / n
+    mine, var = mu if rows is None else mu[rows], mu * (1 - mu)
+    product = np.outer(mine, mu)
+    return (2 * product + c1) * (2 * (gram - product) + c2) / ((np.add.outer(mine**2, mu**2) + c1) * (np.add.outer(mine * (1 - mine), var) + c2))

@@ -7,6 +7,7 @@ __all__ = ['KINDS', 'Manner', 'Signatures', 'keys_of', 'signature_name', 'Signat
            'signatures']
 
 # %% ../../nbs/11_similarity.signature.ipynb #3bab821a
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from ..core import InputError, cache_folder, code_digest, digest, progress, replacing
 from .image import ImageSignature, image_signature, tissue
 from .label import LabelSignature, label_signature
-from .object import ObjectSignature, bounds, object_signature, shell
+from .object import ObjectSignature, object_signature, shell
 from ..tasks import case_masks, content_digest, read_image, read_labels, spacing_of, voxel_file
 
 # %% ../../nbs/11_similarity.signature.ipynb #5ffabee3
@@ -29,8 +30,9 @@ from ..tasks import case_masks, content_digest, read_image, read_labels, spacing
 class Manner:
     "How signatures are taken; what it does not name is fixed by the code."
     exact: bool = False  # keep all scores of images instead of 1024 quantiles
-    explained: float = 0.75  # share of the variance that the components exceed
+    explained: float = 0.75  # share of the variance that the components exceed, or a whole number of components
     signs: str = "loading"  # how the sign of a component is fixed
+    field: float | None = None  # mm that the common grid of images spans; None: whatever a volume has
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,16 @@ def signature_name(kind: str,  # key of `KINDS`
     content = lambda path: [content_digest(f) for f in dict.fromkeys((Path(path), voxel_file(Path(path))))]
     image, mask = [content(case.image), case.channel, asdict(manner)], content(case.mask)
     labels = [list(case.labels), list(case.ignore)]
-    return digest(kind, mask, {"images": image, "labels": labels, "objects": [content(case.image), case.channel, labels]}[kind])
+    return digest(kind, mask, {"images": image, "labels": labels, "objects": [content(case.image), case.channel, labels, manner.exact]}[kind])
 
 # %% ../../nbs/11_similarity.signature.ipynb #ce17fccc
 class SignatureCache:
     "Signatures on disk, by name."
     def __init__(self, folder=None):  # where; below `cache_folder()` when None
-        self.folder = Path(folder or cache_folder() / "signatures")
-        self.version = code_digest("tasks", "similarity.image", "similarity.label", "similarity.object", "similarity.signature")
         self.spoilt, self.unwritten = [], None  # files that were no use, and why nothing could be written
+        try: self.folder = Path(folder or cache_folder() / "signatures")
+        except InputError as e: self.folder, self.unwritten = Path(os.devnull), str(e)  # where nothing is found
+        self.version = code_digest("tasks", "similarity.image", "similarity.label", "similarity.object", "similarity.signature")
 
     def path(self, name: str) -> Path:
         "Where a signature is kept, in one of 256 folders."
@@ -132,7 +135,7 @@ def _computed(cases, lacking: set, manner: Manner, device: str):
         image = read_image(c, labels, affine)
         try:
             part = tissue(image, np.float64 if manner.exact else np.float32)
-            if ("images", key) in lacking: yield ("images", key), image_signature(image, **asdict(manner), device=device, part=part)
+            if ("images", key) in lacking: yield ("images", key), image_signature(image, **asdict(manner), spacing=spacing_of(affine), device=device, part=part)
         except InputError as e: raise InputError(f"{c.image}: {e}.") from e
         for m in wanted: yield ("objects", (key, m)), object_signature(part, around[m])
 
