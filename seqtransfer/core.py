@@ -126,7 +126,7 @@ def read_json(path,  # file to read
         raise InputError(f"{path} cannot be read as JSON ({e}): restore it or delete it and run the command again.") from e
 
 # %% ../nbs/00_core.ipynb #8dbae4d9
-_CACHED = {"signatures of volumes": "signatures", "phantom volumes": "phantom-*", "locks": "locks"}
+_CACHED = {"signatures of volumes": "signatures", "phantom volumes": "phantom-*"}  # the locks of those who are writing stay
 
 
 def cache_folder() -> Path:  # exists and can be written

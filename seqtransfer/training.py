@@ -7,10 +7,8 @@ __all__ = ['Stage', 'data_digest', 'stage_name', 'patch_transform', 'prepare_tas
            'Trained', 'run_stage']
 
 # %% ../nbs/31_training.ipynb #d229fae5
-import hashlib
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import monai
@@ -22,7 +20,7 @@ from monai.transforms import Compose, FgBgToIndicesd, RandCropByPosNegLabeld, Ra
 
 from .core import InputError, code_digest, digest, progress, read_json, seed_for, write_json
 from .networks import Plan, build_network, device, load_network, prepare, save_network
-from .tasks import Task, read_case
+from .tasks import Task, content_digest, read_case
 
 # %% ../nbs/31_training.ipynb #75c994cb
 @dataclass(frozen=True)
@@ -34,19 +32,10 @@ class Stage:
     seed: int  # of the initial weights, the order of cases, the patches, the augmentation
 
 
-@lru_cache(maxsize=65536)
-def _file_digest(path: Path, size: int, changed: int) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def data_digest(task: Task,  # whose files to hash
                ) -> str:  # 16 hexadecimal digits
     "A name for the content of a task: its image and mask files, byte for byte, its channel and its label values; places do not matter."
-    def of(path):
-        try: s = path.stat()
-        except OSError as e: raise InputError(f"The file {path} is missing: restore it or take its case out of the data set.") from e
-        return _file_digest(path, s.st_size, s.st_mtime_ns)
-    return digest([[c.patient, [of(f) for f in c.files], c.labels, c.ignore, c.channel] for c in task.cases])
+    return digest([[c.patient, [content_digest(f) for f in c.files], c.labels, c.ignore, c.channel] for c in task.cases])
 
 # %% ../nbs/31_training.ipynb #33050292
 def stage_name(stage: Stage,  # what is to be trained
@@ -76,10 +65,12 @@ def prepare_task(task: Task,  # to be trained on
                  plan: Plan,  # of the target
                 ) -> list:  # of dicts: image, mask (1, 0, -1 where ignored) as 1HWD tensors, and the voxels to centre on
     "Reads a task, case by case, and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds the label."
-    index, chance, out = FgBgToIndicesd("mask"), np.random.default_rng(0), []
+    index, chance, out = FgBgToIndicesd("mask", fg_postfix="_fg", bg_postfix="_bg"), np.random.default_rng(0), []
     for case in progress(task.cases, f"reading {task.name}"):
         image, mask = (x.as_tensor().contiguous() for x in prepare(read_case(case), plan))
-        voxels = {k: v if len(v) <= 100_000 else chance.choice(v, 100_000, replace=False) for k, v in index({"mask": mask > 0}).items() if k != "mask"}
+        counted = mask.flatten() >= 0  # no patch is centred on an ignored voxel
+        voxels = {k: v[counted[v]] for k, v in index({"mask": mask > 0}).items() if k != "mask"}
+        voxels = {k: v if len(v) <= 100_000 else chance.choice(v, 100_000, replace=False) for k, v in voxels.items()}
         out.append({"image": image, "mask": mask.to(torch.int8), **voxels})
     if not any((d["mask"] > 0).any() for d in out):
         raise InputError(f"No mask of {task.name} holds its label at the target's spacing of {plan.spacing} mm: leave the task out, or ask for more shots or another seed.")

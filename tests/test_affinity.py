@@ -1,5 +1,6 @@
 """The paper's affinity, transcribed, against the package on files the test writes; and what an affinity must do with bad input."""
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
 from seqtransfer import affinity as module
-from seqtransfer.affinity import TERMS, Affinity, affinity, case_pairs, compute_terms, draws, extend, sample, sampled, task_means
+from seqtransfer.affinity import TERMS, Affinity, affinity, Sampled, compute_terms, draws, extend, sample, sampled, task_means
 from seqtransfer.core import InputError
 from seqtransfer.datasets import read_pool
 from seqtransfer.paths import best_paths, explain
@@ -113,7 +114,7 @@ def test_paper_mode_is_the_paper(pool, paper):
 
 
 def test_default_terms_are_means_of_exact_distances(pool):
-    a = affinity(pool, explained=0.75, field=None)
+    a = affinity(pool, explained=0.75, voxel=None)
     z = {}
     for t in pool:
         for c in t.cases:
@@ -277,27 +278,48 @@ def weighted_mean(d, p, q, s, w, paired):
     same = lambda i, j: s.patients[p, i] == s.patients[q, j]
     within = paired and s.domains[p] == s.domains[q]
     wanted = [x for x in pairs if same(*x) == within] or pairs
-    weight = lambda i, j: w[s.patients[p, i]] * (1 if within else w[s.patients[q, j]])
+    wanted = [x for x in wanted if not np.isnan(d[x])] or [x for x in pairs if not np.isnan(d[x])]
+    once = within and all(same(*x) for x in wanted)  # a patient with himself is one patient
+    weight = lambda i, j: w[s.patients[p, i]] * (1 if once else w[s.patients[q, j]])
     return sum(weight(*x) * d[x] for x in wanted) / sum(weight(*x) for x in wanted)
 
 
+def apart(pool):
+    "The pool with the patients of one task replaced, so that a domain has tasks without a common patient."
+    first, *rest = pool
+    return (replace(first, cases=tuple(replace(c, patient=f"other {c.patient}") for c in first.cases)), *rest)
+
+
 @pytest.mark.parametrize("paired", [False, True])
-def test_means_under_weights_one_by_one(pool, paired):
-    s = sampled(pool)
+@pytest.mark.parametrize("change", [tuple, apart])
+@pytest.mark.parametrize("missing", [0, 0.5])
+def test_means_under_weights_one_by_one(pool, paired, change, missing):
+    s, rng = sampled(change(pool)), np.random.default_rng(0)
     items = np.arange(s.patients.size).reshape(s.patients.shape)
-    D = np.random.default_rng(0).random((s.patients.size,) * 2); D = D + D.T
-    drawn = draws(s.names, 3).astype(float)
+    D = rng.random((s.patients.size,) * 2); D[rng.random(D.shape) < missing] = np.nan; D = D + D.T
+    drawn = draws(s, 3).astype(float)
     means = task_means(D, items, s, paired, drawn)
     for p in range(len(s.cases)):
         for q in range(p):
+            if np.isnan(D[np.ix_(items[p], items[q])]).all(): continue
             expected = [weighted_mean(D[np.ix_(items[p], items[q])], p, q, s, w, paired) for w in drawn]
             assert means[:, p, q] == pytest.approx(expected) and np.array_equal(means[:, q, p], means[:, p, q])
 
 
-def test_draws_belong_to_the_patient():
-    one, two = draws(("a", "b", "c"), 500, seed=1), draws(("c", "a"), 500, seed=1)
-    assert np.array_equal(one[:, [2, 0]], two) and (one[0] == 1).all()
-    assert abs(one[1:].mean() - 1) < 0.1 and not np.array_equal(one, draws(("a", "b", "c"), 500, seed=2))
+def test_draws_belong_to_the_patient(pool):
+    whole, part = sampled(pool), sampled(tuple(pool)[1:3])
+    one, two = draws(whole, 2000, seed=1), draws(part, 2000, seed=1)
+    assert np.array_equal(one[:, [whole.names.index(n) for n in part.names]], two)
+    assert (one[0] == 1).all() and not np.array_equal(two, draws(part, 2000, seed=2))
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_weighted_means_vary_as_means_do(n):
+    "The variance of a mean of n numbers is s2 / (n - 1), s2 with divisor n."
+    s = Sampled((tuple(range(n)),), tuple(map(str, range(n))), np.arange(n)[None], np.array([0]))
+    w, x = draws(s, 20000)[1:], np.random.default_rng(0).normal(size=n)
+    means = (w * x).sum(1) / w.sum(1)
+    assert means.mean() == pytest.approx(x.mean(), abs=0.03) and means.var() == pytest.approx(x.var() / (n - 1), rel=0.05)
 
 
 def test_more_patients_make_shorter_intervals(tmp_path):
@@ -310,17 +332,21 @@ def test_more_patients_make_shorter_intervals(tmp_path):
     assert np.ptp(ends[16]) < np.ptp(ends[4]) and ends[16][0] < whole < ends[16][1]
 
 
-def test_one_case_has_no_interval(tmp_path):
-    write_dataset(tmp_path, 1, "Alpha", (14, 14, 12), ["T1"], {"core": 1}, 1)
-    write_dataset(tmp_path, 2, "Beta", (14, 14, 12), ["T2"], {"core": 1}, 1)
+@pytest.mark.parametrize("cases", [1, 2])
+def test_one_or_two_cases_have_no_interval(tmp_path, cases):
+    write_dataset(tmp_path, 1, "Alpha", (14, 14, 12), ["T1"], {"core": 1}, cases)
+    write_dataset(tmp_path, 2, "Beta", (14, 14, 12), ["T2"], {"core": 1}, 4)
+    write_dataset(tmp_path, 3, "Gamma", (14, 14, 12), ["T2"], {"core": 1}, 4)
     a = affinity(read_pool(tmp_path))
-    assert np.isfinite(a.distance).all() and np.allclose(a.interval(), a.distance, rtol=1e-5)
+    assert np.isfinite(a.distance).all() and np.isnan(a.interval()[:, 0, 1:]).all() and np.isfinite(a.interval()[:, 1, 2]).all()
+    again = Affinity.load(a.save(tmp_path / "a.csv"))
+    assert np.isnan(again.interval()[:, 0, 1]).all() and np.allclose(again.interval()[:, 1, 2], a.interval()[:, 1, 2])
 
 
 def test_the_interval_of_the_distance_follows_the_weights(pool):
     a = affinity(pool, weights={"fg_z": 1.0}, scaled=False)
     b = affinity(pool).weighted({"fg_z": 1.0})
-    assert np.allclose(a.interval(), a.interval("fg_z")) and np.allclose(a.interval(), b.interval(), rtol=1e-4)
+    assert np.allclose(a.interval(), a.interval("fg_z"), equal_nan=True) and np.allclose(a.interval(), b.interval(), rtol=1e-4, equal_nan=True) and a.interval()[1, 0, 1] > 0
     assert Affinity(a.names, a.terms, a.weights).interval() is None
 
 
@@ -351,7 +377,7 @@ def test_growth_computes_new_pairs_only(pool, monkeypatch):
     assert all(np.allclose(grown.terms[t], whole.terms[t]) and np.allclose(grown.replicates[t], whole.replicates[t], rtol=1e-4, atol=1e-6) for t in TERMS)
 
 
-def test_growth_with_a_target_in_the_papers_mode(pool):
+def test_growth_with_a_target_in_the_papers_mode(pool, tmp_path):
     target = next(t.name for t in pool if t.modality == "T1")
     old = affinity(TaskPool(tuple(t for t in pool if t.label != "lesion")), mode="paper", target=target, shots=1)
     grown, whole = extend(old, pool), affinity(pool, mode="paper", target=target, shots=1)
@@ -359,8 +385,46 @@ def test_growth_with_a_target_in_the_papers_mode(pool):
     assert np.allclose(grown.distance[np.ix_(order, order)], whole.distance) and grown.names[-1] != target
     with pytest.raises(InputError, match="not in the pool"):
         extend(whole, TaskPool(tuple(t for t in pool if t.label != "lesion")))
+    read = Affinity.load(old.save(tmp_path / "a.csv"))
+    again = extend(read, pool)
+    assert np.allclose(again.distance, grown.distance) and again.interval() is None
     with pytest.raises(InputError, match="how it was made"):
         extend(Affinity(("a", "b"), {}, {}), pool)
+
+
+def test_growth_refuses_patients_that_changed(root, pool):
+    "More patients in the pool: another split of the target, or other patients who stand for a task."
+    fewer = read_pool(root, cases=2)
+    target = next(t.name for t in pool if t.modality == "T1")
+    for made in (affinity(fewer), affinity(fewer, target=target, shots=1, seed=1)):
+        with pytest.raises(InputError, match="other patients"):
+            extend(made, pool)
+
+
+def test_only_one_shared_patient_has_the_object(tmp_path):
+    "Where no pair of two patients has a distance, the pairs of one patient count; where none has, the task is named."
+    mask = lambda rng, k: ((np.arange(12**3).reshape(12, 12, 12) < 200) & (k == 1)).astype(np.uint8)
+    write_dataset(tmp_path, 3, "Gamma", (12, 12, 12), ["T1", "T2"], {"core": 1}, 3, mask=mask)
+    assert np.isfinite(affinity(read_pool(tmp_path)).distance).all()
+    everywhere = lambda rng, k: np.ones((12, 12, 12), np.uint8)  # nothing surrounds it
+    write_dataset(tmp_path, 4, "Delta", (12, 12, 12), ["T1"], {"all": 1}, 2, mask=everywhere)
+    assert np.isfinite(affinity(read_pool(tmp_path)).distance).all()
+    with pytest.raises(InputError, match="contrast has no value between .*Delta-T1-all"):
+        affinity(read_pool(tmp_path), weights={"contrast": 1.0})
+
+
+def test_size_is_the_ratio_of_volumes(tmp_path):
+    half = lambda n: lambda rng, k: (np.arange(12**3).reshape(12, 12, 12) < n).astype(np.uint8)
+    write_dataset(tmp_path, 1, "One", (12, 12, 12), ["T1"], {"core": 1}, 2, mask=half(400))
+    write_dataset(tmp_path, 2, "Two", (12, 12, 12), ["T1"], {"core": 1}, 2, mask=half(800))
+    assert affinity(read_pool(tmp_path)).terms["size"][0, 1] == pytest.approx(np.log(2))
+
+
+def test_a_table_does_not_replace_the_json_of_something_else(paper, root):
+    kept = (root / "Dataset001_Alpha" / "dataset.json").read_bytes()
+    with pytest.raises(InputError, match="dataset.json"):
+        paper.save(root / "Dataset001_Alpha" / "dataset.csv")
+    assert (root / "Dataset001_Alpha" / "dataset.json").read_bytes() == kept and not (root / "Dataset001_Alpha" / "dataset.csv").exists()
 
 
 def test_parquet_is_the_csv(paper, tmp_path):
@@ -402,7 +466,20 @@ def test_one_component_and_one_case_are_enough(tmp_path):
     assert np.isfinite(a.distance).all() and a.terms["ica"][0, 1] == 0  # two labels of one image
 
 
-@pytest.mark.parametrize("wrong", [dict(signs="random"), dict(sings="loading"), dict(cases=0)])
+@pytest.mark.parametrize("wrong", [dict(signs="random"), dict(sings="loading"), dict(cases=0), dict(cases=2.5), dict(explained=0), dict(explained="x"), dict(explained=-1), dict(voxel=0), dict(voxel=0.001),
+                                   dict(k=0.3), dict(k=(0.3, -1)), dict(exact=1), dict(replicates=-1), dict(weights={"fg_z": "1"}), dict(device="cuda:77"), dict(device="gpu")], ids=str)
 def test_choices_that_do_not_exist(pool, wrong):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as said:
         affinity(pool, **wrong)
+    assert str(said.value).endswith(".") and ".nii" not in str(said.value)
+
+
+def test_a_column_that_does_not_exist(paper):
+    with pytest.raises(InputError, match="fg_z"):
+        paper.interval("fgz")
+
+
+def test_choices_are_the_same_in_any_type(pool):
+    "A numpy number is the number that it is, in the cache too."
+    a, b = affinity(pool, explained=np.int64(1), voxel=np.float32(2), replicates=0), affinity(pool, explained=1, voxel=2, replicates=0)
+    assert np.array_equal(a.distance, b.distance) and a.parameters == b.parameters and json.dumps(a.parameters)

@@ -59,6 +59,21 @@ def test_a_changed_file_is_read_again(zoo, folder, tmp_path, monkeypatch):
     assert not same(second, first) and same(second, affinity(read_pool(copied), keep=False))
 
 
+def test_a_pair_is_known_by_header_and_voxels_whichever_is_named(folder, tmp_path):
+    import nibabel as nib
+    from seqtransfer.similarity.signature import Manner, signature_name, signatures
+    from seqtransfer.tasks import Case
+    x = np.zeros((12, 12, 12)); x[3:9, 3:9, 3:9] = np.random.default_rng(0).random((6, 6, 6))
+    volumes = {}
+    for spacing in (1, 2):
+        for name, data in (("image", x.astype(np.float32)), ("mask", (x > 0).astype(np.uint8))):
+            nib.save(nib.Nifti1Pair(data, np.diag([spacing] * 3 + [1.0])), tmp_path / f"{name}.img")
+        case = Case("p", tmp_path / "image.img", tmp_path / "mask.img", (1,))
+        assert {f.name for f in case.files} == {"image.hdr", "image.img", "mask.hdr", "mask.img"}
+        volumes[spacing] = signatures([case]).labels[case.mask_key].volume
+    assert volumes == {1: 216, 2: 8 * 216}
+
+
 @pytest.mark.parametrize("harm", ["cut", "emptied", "garbage", "version", "other kind"])
 def test_a_file_that_is_no_use_is_named_and_made_again(zoo, folder, expected, monkeypatch, harm):
     affinity(read_pool(zoo))

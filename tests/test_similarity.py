@@ -170,6 +170,14 @@ def test_margins_change_nothing_but_the_grid(background):
     assert np.abs(object_signature(tissue(x), shell(mask, None, (1, 1, 1))).fg_z - quantiles(z[mask])).max() < 1e-3
 
 
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_volume_that_varies_along_one_axis_only_has_no_components(order, exact):
+    profile = np.random.default_rng(0).normal(300, 100, 40)
+    with pytest.raises(InputError, match="constant"):
+        image_signature(np.array(np.broadcast_to(profile, (50, 50, 40)), order=order), exact)
+
+
 @pytest.mark.parametrize("value", [5.1, -2000.0])
 def test_tissue_without_contrast_has_no_components(value):
     "A foreground of one value: its raw volume has components, its normalised one has none."

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from numbers import Integral
 
 import numpy as np
 import skimage.transform
@@ -100,17 +101,17 @@ def _components(x,  # (D, m) float array: the columns of voxels that are not all
                ) -> tuple:  # mean (D,) and components (D, k), numpy float64, signs by the largest loading
     "The fewest principal components that explain more than `explained`; raises `InputError` when the columns are alike up to rounding."
     xp = array_namespace(x)
-    mean, largest = xp.sum(x, axis=1) / n, float(xp.max(xp.abs(x)))
+    mean, largest = xp.astype(xp.sum(x, axis=1, dtype=xp.float64) / n, x.dtype), float(xp.max(xp.abs(x)))
     centred = x - mean[:, None]
     to_numpy = lambda a: np.asarray(a if isinstance(a, np.ndarray) else a.cpu(), np.float64)
     mean, cov = to_numpy(mean), to_numpy(centred @ centred.T)
     cov = (cov + (n - x.shape[1]) * np.outer(mean, mean)) / max(n - 1, 1)
     rounding = float(xp.finfo(x.dtype).eps) ** 0.7 * largest  # 1e-5 of the largest value in single precision, 1e-11 in double
     if not np.trace(cov) > len(cov) * rounding**2:  # also false for NaN
-        raise InputError("the volume is constant or not finite, so it has no principal components: replace or leave out this case")
+        raise InputError("the volume, or its foreground, is constant or not finite, so it has no principal components: replace or leave out this case")
     variance, v = np.linalg.eigh(cov)
     variance, v = np.maximum(variance[::-1], 0), v[:, ::-1]
-    v = v[:, :explained if isinstance(explained, int) else np.searchsorted(np.cumsum(variance / variance.sum()), explained, side="right") + 1]
+    v = v[:, :explained if isinstance(explained, Integral) else np.searchsorted(np.cumsum(variance / variance.sum()), explained, side="right") + 1]
     return mean, v * np.sign(v[np.abs(v).argmax(0), np.arange(v.shape[1])])
 
 
@@ -194,6 +195,7 @@ class Tissue:
     size: tuple  # voxels of the volume along H, W, D
     raw: np.ndarray  # HWD of the box: intensities less the constant, or less their mean where there is none
     inside: np.ndarray  # HWD of the box, bool: the foreground
+    framed: bool  # `raw` is 0 wherever there is no foreground
     mean: float  # of `raw` over the foreground
     sd: float  # of `raw` over the foreground; 0 without contrast
 
@@ -238,13 +240,15 @@ def tissue(image: np.ndarray,  # HWD, raw, any numbers
         box, inside, level = tuple(slice(0, n) for n in image.shape), foreground(image), image.mean(dtype=np.float64)
     else:
         inside = differs[box]
-    raw = np.subtract(image[box], level, dtype=np.float64).astype(kind) if image.dtype.itemsize > 2 else image[box].astype(kind) - kind(level)
+    raw = image[box].astype(kind if image.dtype.itemsize < 3 else np.float64)  # which holds small integers exactly
+    if level: raw -= raw.dtype.type(level)
+    raw = raw.astype(kind, copy=False)
     some = raw if share >= 0.9 else raw[inside]  # outside of it there is 0, which adds nothing to a sum
     n = max(np.count_nonzero(inside), 1)
     mean = float(some.sum()) / n
     variance = float((some * some).sum()) / n - mean**2
-    if variance < 1e-4 * mean**2: variance = float(raw[inside].var(dtype=np.float64)) if inside.any() else 0.0  # the difference above is rounding
-    return Tissue(box, image.shape, raw, inside, mean, variance**0.5)
+    if variance < 1e-2 * mean**2: variance = float(raw[inside].var(dtype=np.float64)) if inside.any() else 0.0  # the difference above is rounding
+    return Tissue(box, image.shape, raw, inside, share >= 0.9, mean, variance**0.5)
 
 # %% ../../nbs/10_similarity.image.ipynb #7adc4a1b
 @dataclass(frozen=True)
@@ -272,8 +276,8 @@ def image_signature(image: np.ndarray,  # HWD, raw
                     exact: bool = False,  # keep all scores, sorted, in double precision, instead of 1024 quantiles from single precision
                     explained: float = 0.75,  # share of the variance that the components exceed, or a whole number of components
                     signs: str = "loading",  # one of `SIGNS`
-                    field: float | None = None,  # mm that the common grid spans along each axis; None: whatever the volume has
-                    spacing: tuple = (1.0, 1.0, 1.0),  # voxel size along H, W, D in mm, of use with `field` only
+                    voxel: float | None = None,  # mm, to which the volume is resized; None: to the common grid, whatever its size
+                    spacing: tuple = (1.0, 1.0, 1.0),  # voxel size along H, W, D in mm, of use with `voxel` only
                     device: str = "cpu",  # where to resize and project: "cpu", or as torch names its devices, e.g. "cuda:0"
                     part: Tissue | None = None,  # what `tissue` found, where that is known
                    ) -> ImageSignature:
@@ -284,15 +288,17 @@ def image_signature(image: np.ndarray,  # HWD, raw
     inner = lambda values: tuple(values[axis] for axis in order)
     raw, x = t.raw.transpose(order), np.empty((2, *inner(t.raw.shape)), t.raw.dtype)
     x[0] = raw
-    t.z(out=x[1].transpose(np.argsort(order)))
+    if t.framed: x[1] = t.inside.transpose(order)  # resizing is linear: z follows from the two
+    else: t.z(out=x[1].transpose(np.argsort(order)))
     if device != "cpu": x = _torch().as_tensor(x, device=device)
-    shape = GRID if field is None else tuple(max(1, round(n * s * m / field)) for n, s, m in zip(t.size, spacing, GRID))
+    shape = GRID if voxel is None else tuple(max(1, round(n * s / voxel)) for n, s in zip(t.size, spacing))
     grid, _ = reached(x, inner(shape), inner(t.box), inner(t.size))
+    if t.framed: grid[1] = (grid[0] - t.mean * grid[1]) / t.sd if t.sd else 0
     d = order.index(2)
     grid = array_namespace(grid).permute_dims(grid, (0, 1 + d, *(1 + axis for axis in range(3) if axis != d)))
     columns = grid.reshape(2, grid.shape[1], -1)
     kept = np.sort if exact else quantiles
-    return ImageSignature(*(kept(_sample(c, max(GRID[0] * GRID[1], c.shape[1]), explained, signs)) for c in columns))
+    return ImageSignature(*(kept(_sample(c, shape[0] * shape[1], explained, signs)) for c in columns))
 
 
 def _torch():

@@ -58,17 +58,18 @@ def label_signature(mask: np.ndarray,  # HWD bool
 
 # %% ../../nbs/11_similarity.label.ipynb #dc2b890b
 def overlaps(signatures,  # sequence of N `LabelSignature` on one grid
-             block: int = 65536,  # voxels multiplied at a time; bounds the memory
+             block: int | None = None,  # voxels multiplied at a time; as many as take 256 MB when None
              rows=None,  # positions whose pairs are wanted; all when None
             ) -> np.ndarray:  # (N, N) float64, or (rows, N): how many voxels each pair of masks shares
     "Counts of shared voxels; the diagonal holds the masks' own sizes."
-    voxels = [s.voxels for s in signatures]
-    used, column = np.unique(np.concatenate(voxels), return_inverse=True)
+    voxels, used = [s.voxels for s in signatures], np.zeros(signatures[0].size, bool)
+    for v in voxels: used[v] = True
+    column = (np.cumsum(used, dtype=np.int32) - 1)[np.concatenate(voxels)]
     ends = np.cumsum([0] + [len(v) for v in voxels])
-    masks = sparse.csr_matrix((np.ones(len(column), np.float32), column, ends), shape=(len(voxels), len(used))).tocsc()
-    chosen = slice(None) if rows is None else rows
+    masks = sparse.csr_matrix((np.ones(len(column), np.float32), column, ends), shape=(len(voxels), np.count_nonzero(used))).tocsc()
+    chosen, block = slice(None) if rows is None else rows, block or max(1, 2**26 // len(voxels))
     gram = np.zeros((len(voxels),) * 2)[chosen]
-    for start in range(0, len(used), block):
+    for start in range(0, masks.shape[1], block):
         part = masks[:, start:start + block].toarray()
         gram += part[chosen] @ part.T  # float32 is exact here: no count in a block exceeds 2**24
     return gram

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Manner', 'Signatures', 'keys_of', 'signature_name', 'SignatureCache', 'read_group', 'in_threads',
-           'signatures']
+           'check_device', 'signatures']
 
 # %% ../../nbs/11_similarity.signature.ipynb #3bab821a
 import os
@@ -23,7 +23,7 @@ from ..core import InputError, cache_folder, code_digest, digest, progress, repl
 from .image import ImageSignature, image_signature, tissue
 from .label import LabelSignature, label_signature
 from .object import ObjectSignature, object_signature, shell
-from ..tasks import case_masks, content_digest, read_image, read_labels, spacing_of, voxel_file
+from ..tasks import case_masks, content_digest, files_of, read_image, read_labels, spacing_of
 
 # %% ../../nbs/11_similarity.signature.ipynb #5ffabee3
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Manner:
     exact: bool = False  # keep all scores of images instead of 1024 quantiles
     explained: float = 0.75  # share of the variance that the components exceed, or a whole number of components
     signs: str = "loading"  # how the sign of a component is fixed
-    field: float | None = None  # mm that the common grid of images spans; None: whatever a volume has
+    voxel: float | None = None  # mm, to which images are resized; None: to the common grid, whatever their size
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ def keys_of(case) -> dict:  # kind -> key
 def signature_name(kind: str,  # key of `KINDS`
                    case,  # a `Case`
                    manner: Manner,  # how it is taken
+                   device: str = "cpu",  # where images are resized: the last digits differ between kinds of devices
                   ) -> str:  # 16 hexadecimal digits
     "The name of a signature by all that decides it, but for the code."
-    content = lambda path: [content_digest(f) for f in dict.fromkeys((Path(path), voxel_file(Path(path))))]
-    image, mask = [content(case.image), case.channel, asdict(manner)], content(case.mask)
+    content = lambda path: [content_digest(f) for f in files_of(Path(path))]
+    image, mask = [content(case.image), case.channel, asdict(manner), device.partition(":")[0]], content(case.mask)
     labels = [list(case.labels), list(case.ignore)]
     return digest(kind, mask, {"images": image, "labels": labels, "objects": [content(case.image), case.channel, labels, manner.exact]}[kind])
 
@@ -110,7 +111,7 @@ def read_group(cases,  # that have one label map
                device: str = "cpu",  # where images are resized and projected
               ) -> list:  # of (kind, key, signature)
     "All signatures of some cases; raises `InputError` naming the file that cannot be read or is constant."
-    named = {(kind, key): signature_name(kind, c, manner) if cache else "" for c in cases for kind, key in keys_of(c).items()}
+    named = {(kind, key): signature_name(kind, c, manner, device) if cache else "" for c in cases for kind, key in keys_of(c).items()}
     found = {at: cache.get(at[0], name) if cache else None for at, name in named.items()}
     lacking = {at for at, s in found.items() if s is None}
     if lacking:
@@ -158,12 +159,23 @@ def in_threads(work,  # function of one item
         except BaseException: threads.shutdown(cancel_futures=True); raise
 
 
+def check_device(device: str,  # "cpu", or as torch names its devices
+                ):
+    "Raises `InputError` for a device that this machine does not have."
+    if device == "cpu": return
+    import torch
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # what torch raises depends on how it was built
+        raise InputError(f"There is no device {device!r} here ({str(e).splitlines()[0].rstrip('.')}): leave it out to use the CPU.") from e
+
+
 def signatures(cases,  # any cases
                manner: Manner = Manner(),  # how signatures are taken
                keep: bool = True,  # look in the cache, and keep there what had to be computed
                device: str = "cpu",  # where images are resized and projected
               ) -> Signatures:
-    "The signatures of all cases; raises `InputError` naming the file that cannot be read or is constant."
+    "The signatures of all cases; raises `InputError` naming the file that cannot be read or is constant, or a device that is not there."
+    check_device(device)
     groups, cache = {}, SignatureCache() if keep else None
     for c in dict.fromkeys(cases): groups.setdefault(c.mask, []).append(c)
     found = Signatures({}, {}, {})
