@@ -87,7 +87,7 @@ def draws(s: Sampled,  # of whom there are P patients
           seed: int = 0,  # of the experiment
          ) -> np.ndarray:  # (1 + n, P) float32; the first row is 1: the cases as they are
     "Weights of the patients, gamma distributed with a shape by the number of sampled patients in the smallest task of each."
-    size = np.full(len(s.names), np.inf)
+    size = np.full(len(s.names), 10**6)
     for row in s.patients: size[row[row >= 0]] = np.minimum(size[row[row >= 0]], np.count_nonzero(row >= 0))
     shape = np.maximum((size - 2) / size, 0.25)
     drawn = [np.random.default_rng(seed_for(seed, "bootstrap", name)).standard_gamma(a, n) for name, a in zip(s.names, shape)]
