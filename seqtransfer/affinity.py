@@ -183,6 +183,7 @@ TERMS = {
     "pca_z": Term("images", lambda found, d, new: sample_distances([s.pca_z for s in found], d.exact, new), "pca_z"),
     "contrast": Term("objects", lambda found, d, new: number_distances([s.contrast for s in found]), "contrast"),
     "size": Term("labels", lambda found, d, new: number_distances([_log(s.volume) for s in found]), "size"),
+    "brain_z": Term("images", lambda found, d, new: sample_distances([s.brain_z for s in found], new=new), "brain_z"),
 }
 
 # %% ../nbs/12_affinity.ipynb #4fd12ba4

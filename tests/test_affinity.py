@@ -149,7 +149,7 @@ def test_default_ignores_the_unit_of_a_data_set(root, pool, tmp_path):
 def test_table_and_round_trip(paper, tmp_path):
     path = paper.save(tmp_path / "out" / "affinity.csv")
     head = path.read_text().splitlines()[0]
-    assert head.startswith("Node A,Node B,ICA,OCA,fg_z,pca_z,contrast,size,Distance,ICA low,ICA high,") and head.endswith(",Distance low,Distance high")
+    assert head.startswith("Node A,Node B,ICA,OCA,fg_z,pca_z,contrast,size,brain_z,Distance,ICA low,ICA high,") and head.endswith(",Distance low,Distance high")
     assert len(pd.read_csv(path)) == 5 * 4
     again = Affinity.load(path)
     assert again.names == paper.names and again.weights == paper.weights
@@ -371,8 +371,8 @@ def test_growth_computes_new_pairs_only(pool, monkeypatch):
     monkeypatch.setattr(module, "quantile_distance", lambda a, b, f=module.quantile_distance: (compared.append(len(a)), f(a, b))[1])
     grown = extend(old, pool)
     whole = affinity(pool)
-    new, everything = compared[:3], compared[3:]  # `ica`, `fg_z` and `pca_z`, each in one block
-    assert new == [len(pool.tasks[-1])] * 3 and sum(everything) > sum(new)
+    new, everything = compared[:4], compared[4:]  # `ica`, `fg_z`, `pca_z` and `brain_z`, each in one block
+    assert new == [len(pool.tasks[-1])] * 4 and sum(everything) > sum(new)
     assert grown.names == whole.names and np.array_equal(grown.distance[:-1, :-1], old.distance) and grown.weights == old.weights
     assert all(np.allclose(grown.terms[t], whole.terms[t]) and np.allclose(grown.replicates[t], whole.replicates[t], rtol=1e-4, atol=1e-6) for t in TERMS)
 

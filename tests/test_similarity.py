@@ -187,6 +187,15 @@ def test_tissue_without_contrast_has_no_components(value):
         image_signature(x)
 
 
+@pytest.mark.parametrize("shape", [(12, 10, 8), (64, 64, 64)])
+def test_brain_z_is_the_histogram_of_the_foreground(shape):
+    "Exact where all voxels are taken; on a grid whose sides have factors in common with any even step, close."
+    x = np.pad(smooth(5, shape), 2)
+    z = (x - x[x != 0].mean()) / x[x != 0].std()
+    found, expected = image_signature(x).brain_z, quantiles(z[x != 0])
+    assert np.abs(found - expected).mean() < (1e-4 if shape[0] == 12 else 0.01)
+
+
 def test_shell_is_a_dilation_without_mask_and_ignored():
     rng = np.random.default_rng(0)
     mask, ignored = rng.random((20, 18, 16)) > 0.99, rng.random((20, 18, 16)) > 0.9

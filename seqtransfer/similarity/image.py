@@ -10,7 +10,7 @@ __all__ = ['GRID', 'SIGNS', 'resize_matrix', 'stored_order', 'reached', 'resize'
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 from numbers import Integral
 
 import numpy as np
@@ -250,12 +250,21 @@ def tissue(image: np.ndarray,  # HWD, raw, any numbers
     if variance < 1e-2 * mean**2: variance = float(raw[inside].var(dtype=np.float64)) if inside.any() else 0.0  # the difference above is rounding
     return Tissue(box, image.shape, raw, inside, share >= 0.9, mean, variance**0.5)
 
+# %% ../../nbs/10_similarity.image.ipynb #523aeec2
+def _histogram(t: Tissue, most: int = 2**17) -> np.ndarray:
+    "1024 quantiles of the z-scored intensities of the foreground, from about `most` voxels of the box at least; zeros without contrast."
+    step = max(1, t.raw.size // most)
+    while step > 1 and any(gcd(step, n) > 1 for n in t.raw.shape): step += 1
+    raw, inside = (v.ravel(order="K")[::step] for v in (t.raw, t.inside))
+    return (quantiles(raw[inside]) - t.mean) / t.sd if t.sd else np.zeros(1024)
+
 # %% ../../nbs/10_similarity.image.ipynb #7adc4a1b
 @dataclass(frozen=True)
 class ImageSignature:
     "What one reading of a volume leaves for its distances to others."
     ica: np.ndarray  # quantiles of the scores of the raw volume, or all of them, sorted
     pca_z: np.ndarray  # the same of the z-scored volume
+    brain_z: np.ndarray  # 1024 quantiles of the z-scored intensities of the foreground
 
 
 def _sample(x, n: int, explained: float, signs: str) -> np.ndarray:
@@ -281,7 +290,7 @@ def image_signature(image: np.ndarray,  # HWD, raw
                     device: str = "cpu",  # where to resize and project: "cpu", or as torch names its devices, e.g. "cuda:0"
                     part: Tissue | None = None,  # what `tissue` found, where that is known
                    ) -> ImageSignature:
-    "The samples of `ica` and `pca_z`; raises `InputError` for a volume that is constant, also along H and W, or without contrast in its foreground."
+    "The samples of `ica`, `pca_z` and `brain_z`; raises `InputError` for a volume that is constant, also along H and W, or without contrast in its foreground."
     if signs not in SIGNS: raise InputError(f"There is no rule {signs!r} for the signs of components: choose one of {', '.join(SIGNS)}.")
     t = part or tissue(image, np.float64 if exact else np.float32)
     order = stored_order(t.raw)
@@ -298,7 +307,7 @@ def image_signature(image: np.ndarray,  # HWD, raw
     grid = array_namespace(grid).permute_dims(grid, (0, 1 + d, *(1 + axis for axis in range(3) if axis != d)))
     columns = grid.reshape(2, grid.shape[1], -1)
     kept = np.sort if exact else quantiles
-    return ImageSignature(*(kept(_sample(c, shape[0] * shape[1], explained, signs)) for c in columns))
+    return ImageSignature(*(kept(_sample(c, shape[0] * shape[1], explained, signs)) for c in columns), _histogram(t))
 
 
 def _torch():
