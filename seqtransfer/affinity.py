@@ -56,7 +56,7 @@ def sampled(tasks,  # tasks
             cases: int = 10,  # from each
             seed: int = 0,  # of the lottery
             first: tuple = (),  # patients to take before all others
-           ) -> Sampled:
+           ) -> Sampled:  # in the order of the tasks
     "The sampled cases of all tasks."
     chosen = tuple(sample(t, cases, seed, first) for t in tasks)
     names, domains = {}, {}
@@ -229,7 +229,7 @@ def _choice(name: str, value):
 def definition(mode: str,  # name in `PRESETS`
                weights: dict | None = None,  # term -> weight, instead of the preset's
                **choices,  # other fields of `Definition`, instead of the preset's
-              ) -> Definition:
+              ) -> Definition:  # in plain types
     "A preset with changes; raises `InputError` for an unknown mode, choice or term, a choice out of range, a negative weight, or none above 0."
     if mode not in PRESETS: raise InputError(f"There is no affinity mode {mode!r}: choose one of {', '.join(PRESETS)}.")
     choices = {c: _choice(c, value) for c, value in choices.items()}

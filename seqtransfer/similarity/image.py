@@ -289,7 +289,7 @@ def image_signature(image: np.ndarray,  # HWD, raw
                     spacing: tuple = (1.0, 1.0, 1.0),  # voxel size along H, W, D in mm, of use with `voxel` only
                     device: str = "cpu",  # where to resize and project: "cpu", or as torch names its devices, e.g. "cuda:0"
                     part: Tissue | None = None,  # what `tissue` found, where that is known
-                   ) -> ImageSignature:
+                   ) -> ImageSignature:  # its three samples
     "The samples of `ica`, `pca_z` and `brain_z`; raises `InputError` for a volume that is constant, also along H and W, or without contrast in its foreground."
     if signs not in SIGNS: raise InputError(f"There is no rule {signs!r} for the signs of components: choose one of {', '.join(SIGNS)}.")
     t = part or tissue(image, np.float64 if exact else np.float32)

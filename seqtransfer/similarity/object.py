@@ -40,7 +40,7 @@ class ObjectSignature:
 
 def object_signature(tissue: Tissue,  # of the image
                      around: tuple | None,  # what `shell` found
-                    ) -> ObjectSignature:
+                    ) -> ObjectSignature:  # `fg_z` and `contrast`
     "The object against its brain. Voxels of the mask in the background count as 0, those of the shell do not count."
     if around is None: return ObjectSignature(np.zeros(0), np.nan)
     box, mask, near = around

@@ -46,7 +46,8 @@ class Signatures:
 KINDS = {"images": ImageSignature, "labels": LabelSignature, "objects": ObjectSignature}
 
 
-def keys_of(case) -> dict:  # kind -> key
+def keys_of(case,  # a `Case`
+           ) -> dict:  # kind -> key
     "Where the signatures of a case stand."
     return {"images": case.image_key, "labels": case.mask_key, "objects": (case.image_key, case.mask_key)}
 
@@ -173,7 +174,7 @@ def signatures(cases,  # any cases
                manner: Manner = Manner(),  # how signatures are taken
                keep: bool = True,  # look in the cache, and keep there what had to be computed
                device: str = "cpu",  # where images are resized and projected
-              ) -> Signatures:
+              ) -> Signatures:  # each once
     "The signatures of all cases; raises `InputError` naming the file that cannot be read or is constant, or a device that is not there."
     check_device(device)
     groups, cache = {}, SignatureCache() if keep else None
