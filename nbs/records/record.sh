@@ -31,5 +31,4 @@ fi
 rm -rf "$records/demo" && mkdir -p "$records/demo"
 cp -r demo/run/{affinity.csv,affinity.json,path.json,paths.csv,protocol.json,arms} "$records/demo/"
 sed "s#$work/seqtransfer/##g" demo.txt > "$records/demo.txt"
-{ grep -E "secs$|^Success" test.txt; grep -E "passed|failed|^\(make" test.txt; } | sed "s#$work/seqtransfer/##g" > "$records/test.txt"
 echo "Recorded. Execute nbs/index.ipynb (make notebooks does) and run make readme."
