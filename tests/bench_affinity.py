@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from joblib import Parallel, cpu_count, delayed
 from scipy.stats import wasserstein_distance
 from skimage.transform import resize as sk_resize
@@ -66,7 +67,7 @@ from seqtransfer.affinity import affinity
 from seqtransfer.datasets import FETS_SOURCES, read_fets
 pool = read_fets(sys.argv[1], FETS_SOURCES)
 start = time.perf_counter()
-affinity(pool, sys.argv[2], cases=int(sys.argv[3]))
+affinity(pool, sys.argv[2], cases=int(sys.argv[3]), device=sys.argv[4])
 print(time.perf_counter() - start)
 """
 
@@ -89,11 +90,16 @@ def test_nibabel_reads_the_files(benchmark, pool, way):
     measured(benchmark, f"nibabel reads the files, {way}", all_of_them, rounds=3)
 
 
+DEVICES = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]  # on a GPU, the same rows
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode,name", [("default", "affinity, quantiles"), ("paper", "affinity, exact")])
-def test_affinity_from_the_files(benchmark, pool, cold, mode, name):
-    measured(benchmark, name, lambda: affinity(pool, mode, cases=CASES), rounds=3 if mode == "default" else 1, setup=cold)
+def test_affinity_from_the_files(benchmark, pool, cold, mode, name, device):
+    name += "" if device == "cpu" else f", {device}"
+    measured(benchmark, name, lambda: affinity(pool, mode, cases=CASES, device=device), rounds=3 if mode == "default" else 1, setup=cold)
     folder = next(p for p in pool.tasks[0].cases[0].image.parents if (p / "zoo.json").exists())
-    again = subprocess.run([sys.executable, "-c", AGAIN, folder, mode, str(CASES)], check=True, capture_output=True, text=True)  # the last round has filled the cache
+    again = subprocess.run([sys.executable, "-c", AGAIN, folder, mode, str(CASES), device], check=True, capture_output=True, text=True)  # the last round has filled the cache
     SECONDS[f"{name}, from the cache, another process"] = float(again.stdout.splitlines()[-1])
 
 
