@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb) nbs/benchmarks.ipynb nbs/index.ipynb
 TEMPLATES := affinity transfer_path report
 
-.PHONY: help install demo test notebooks export readme record transfer bench lab clean
+.PHONY: help install demo test notebooks export readme record transfer compare bench lab clean
 
 help:
 	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
@@ -16,7 +16,8 @@ help:
 	@echo "make notebooks  execute every notebook in place, clean, export, readme"
 	@echo "make record     run demo and test in a fresh clone and keep what they printed for the README"
 	@echo "make transfer   does transfer between phantom tasks look like transfer? trains 16 sources for 4 targets (about 15 minutes)"
-	@echo "make bench      the affinity against reading the files and against the paper's loop, in one run (about 10 minutes; 0.7 GB of phantom volumes stay in the cache)"
+	@echo "make compare    all arms of the protocol on a phantom target with three seeds (under 10 minutes)"
+	@echo "make bench      the affinity against reading the files and the paper's loop; the training loop against its passes alone (about 20 minutes; 0.7 GB of phantom volumes stay in the cache)"
 	@echo "make clean      remove what demo left; the environment stays"
 
 install: $(READY)
@@ -63,8 +64,11 @@ record: $(READY)
 transfer: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/transfer.py demo/transfer
 
+compare: $(READY)
+	$(BIN)/python nbs/records/compare.py demo/compare
+
 bench: $(READY)
-	SEQTRANSFER_BENCH_RECORD=$(RECORD) $(BIN)/python -m pytest tests/bench_affinity.py -q -s
+	SEQTRANSFER_BENCH_RECORD=$(RECORD) $(BIN)/python -m pytest tests/bench_affinity.py tests/bench_training.py -q -s
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

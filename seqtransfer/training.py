@@ -20,17 +20,19 @@ import monai
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from monai.data import ThreadBuffer
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceLoss
 from monai.metrics import compute_dice
 from monai.transforms import (CenterSpatialCropd, Compose, FgBgToIndicesd, RandAdjustContrastd, RandAffined, RandCropByPosNegLabeld, RandFlipd, RandGaussianNoised,
                               RandGaussianSmoothd, RandScaleIntensityd, RandScaleIntensityFixedMeand, RandShiftIntensityd, RandSimulateLowResolutiond, SpatialPadd)
+from monai.utils import convert_to_tensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .core import InputError, code_digest, digest, progress, read_json, replacing, seed_for, write_json
-from .networks import Plan, build_network, device, load_network, parts, prepare, save_network
+from .networks import Plan, build_network, device, load_network, parts, prepare, read_about, save_network
 from .tasks import Task, content_digest, read_case
 from .weights import adapt, read_weights, what_was_loaded
 
@@ -96,21 +98,24 @@ def patch_transform(plan: Plan,  # decides the patch
     return Compose([crop, SpatialPadd(keys, cut), *altered]).set_random_state(seed)
 
 # %% ../nbs/31_training.ipynb #d145dbd4
-def _centres(mask: torch.Tensor, chance: np.random.Generator) -> dict:
+def _centres(mask: torch.Tensor) -> dict:
     "The voxels that a patch may be centred on: label and background, none that is ignored."
-    counted = mask.flatten() >= 0
+    counted, chance = mask.flatten() >= 0, np.random.default_rng(0)
     voxels = {k: v[counted[v]] for k, v in FgBgToIndicesd("mask", fg_postfix="_fg", bg_postfix="_bg")({"mask": mask > 0}).items() if k != "mask"}
     return {k: v if len(v) <= 100_000 else chance.choice(v, 100_000, replace=False) for k, v in voxels.items()}
+
+
+def _prepared(case, plan) -> dict:
+    image, mask = (x.as_tensor().contiguous() for x in prepare(read_case(case), plan))
+    return {"image": image, "mask": mask.to(torch.int8), **_centres(mask)}
 
 
 def prepare_task(task: Task,  # to be trained on
                  plan: Plan,  # of the target
                 ) -> list:  # of dicts: image, mask (1, 0, -1 where ignored) as 1HWD tensors, and the voxels to centre on
-    "Reads a task, case by case, and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds the label."
-    chance, out = np.random.default_rng(0), []
-    for case in progress(task.cases, f"reading {task.name}"):
-        image, mask = (x.as_tensor().contiguous() for x in prepare(read_case(case), plan))
-        out.append({"image": image, "mask": mask.to(torch.int8), **_centres(mask, chance)})
+    "Reads a task, its cases in threads, and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds the label."
+    cases = Parallel(-1, prefer="threads", return_as="generator")(delayed(_prepared)(c, plan) for c in task.cases)
+    out = list(progress(cases, f"reading {task.name}", len(task)))
     if not any((d["mask"] > 0).any() for d in out):
         raise InputError(f"No mask of {task.name} holds its label at the target's spacing of {plan.spacing} mm: leave the task out, or ask for more shots or another seed.")
     free = torch.cuda.mem_get_info()[0] if device().type == "cuda" else 0
@@ -189,7 +194,7 @@ def batches(data: list,  # what `prepare_task` returned
         draw.set_random_state(seed_for(stage.seed, "patches", step))
         cases = np.random.default_rng(seed_for(stage.seed, "order", step)).integers(len(data), size=plan.batch)
         drawn = [draw(data[i])[0] for i in cases]
-        yield tuple(torch.stack([torch.as_tensor(d[k]) for d in drawn]).to(device(), torch.float32).contiguous(**layout) for k in ("image", "mask"))
+        yield tuple(torch.stack([convert_to_tensor(d[k]) for d in drawn]).to(device(), torch.float32).contiguous(**layout) for k in ("image", "mask"))
 
 
 def ahead(items,  # iterator that makes batches
@@ -221,7 +226,10 @@ def step_function(net: torch.nn.Module,  # on the device, in training
 def ready(net: torch.nn.Module,  # fresh or loaded
           plan: Plan,  # memory layout, compilation
          ) -> torch.nn.Module:  # the same, in training on the device
-    "Brings a network to the device as its plan wants it."
+    "Brings a network to the device as its plan wants it; raises `InputError` for bfloat16 where torch computes it wrongly."
+    coarsest = min(np.array(plan.patch) // (np.prod(plan.strides, axis=0) if plan.strides else 2**(len(plan.channels) - 1)))
+    if device().type == "cpu" and plan.precision == "bfloat16" and coarsest < 3:
+        raise InputError(f"On a CPU, torch's bfloat16 convolution returns wrong gradients for features of {coarsest} voxels, fewer than its kernel has: take larger patches than {plan.patch}, or float32.")
     net.to(device(), **({"memory_format": torch.channels_last_3d} if plan.channels_last else {})).train()
     if plan.compiled: net.compile()
     return net
@@ -300,6 +308,12 @@ def _look(net, held, plan, looks, best) -> dict:
     return {k: v.detach().clone() for k, v in net.named_parameters()} if looks[-1] > max(looks[:-1], default=-1) else best
 
 
+def _check(i, stage, losses):
+    "Stops a stage whose weights are lost."
+    if not np.isfinite(value := float(losses[i])):
+        raise InputError(f"Training on {stage.task.name} went astray: the loss is {value} at step {i + 1} of {stage.steps}. Take a lower learning rate than {stage.lr} and run it again.")
+
+
 def _tell(log, i, stage, losses, looks):
     log("loss", float(losses[max(0, i - stage.steps // 100):i + 1].mean()), i + 1)
     log("learning rate", rate(i, stage), i + 1)
@@ -335,6 +349,7 @@ def train(net: torch.nn.Module,  # starts from the weights it has
     for i, (x, y) in zip(progress(range(first, stage.steps), f"training on {stage.task.name}"), source):
         for group in optimiser.param_groups: group["lr"] = rate(i, stage)
         losses[i] = step(x, y)
+        if _due(i, stage, 100): _check(i, stage, losses)
         if held and _due(i, stage, 10): best = _look(net, held, plan, looks, best)
         if log and _due(i, stage, 100): _tell(log, i, stage, losses, looks)
         if len(looks) - int(np.argmax(looks or [0])) > 3: break
@@ -435,6 +450,8 @@ def average(models: list,  # of `Trained`, all under one plan
     nets = [load_network(m.model, plan) for m in models]
     with torch.no_grad():
         for k, p in nets[0].named_parameters(): p.copy_(torch.stack([n.get_parameter(k) for n in nets]).mean(0))
-    save_network(nets[0], here / "model.safetensors", plan, {"average of": [m.name for m in models]})
+    origin = [read_about(m.model)[1] for m in models]
+    common = {k: v for k, v in origin[0].items() if all(o.get(k) == v for o in origin)}  # modality and label where all have the same
+    save_network(nets[0], here / "model.safetensors", plan, {**common, "task": " | ".join(o["task"] for o in origin), "average of": [m.name for m in models]})
     write_json(here / "stage.json", {"average of": [m.name for m in models], "seconds_per_step": 0.0, "curve": {"step": [], "loss": []}})
     return Trained(name, here / "model.safetensors", pd.DataFrame({"step": [], "loss": []}), 0.0, 0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'RATES', 'Recipe', 'arm_sources', 'shared_out', 'joint_task', 'arm_stages', 'training_tree', 'train_arm',
-           'run_arm', 'Comparison', 'readable', 'arm_files', 'read_results', 'open_run', 'check_cases', 'chosen_path',
-           'compare', 'write_protocol']
+           'run_arm', 'Comparison', 'readable', 'arm_path', 'arm_files', 'read_results', 'open_run', 'check_cases',
+           'chosen_path', 'compare', 'write_protocol']
 
 # %% ../nbs/33_transfer.ipynb #1ccd96c3
 from dataclasses import asdict, dataclass, fields, replace
@@ -254,6 +254,16 @@ def readable(summary: pd.DataFrame,  # as `Comparison.summary` returns it
     notes = flagged.mask(summary.arm == "direct-oracle", "chosen on the test cases")
     return out.assign(note=notes) if notes.any() else out
 
+# %% ../nbs/33_transfer.ipynb #d0239643
+def arm_path(arm: str,  # one of `ARMS`
+             sources,  # names along the path
+             target: str,  # name of the target task
+            ) -> str:  # e.g. `A -> B -> T`; `A + B -> T` mixed, `A | B -> T` averaged
+    "What an arm is trained on, in words."
+    of = sources[-1:] if arm == "direct-last-hop" else sources
+    before = {"joint": " + ", "averaged": " | "}.get(arm, " -> ").join(of)
+    return f"{before} -> {target}" if before else target
+
 # %% ../nbs/33_transfer.ipynb #ca9021de
 def arm_files(out,  # folder of a comparison
              ) -> list:  # of Path, in the order of `ARMS`, then by seed
@@ -267,11 +277,10 @@ def read_results(out,  # folder of a comparison
     "Reads what the arms left; raises `InputError` when no arm is finished."
     out, found = Path(out), [read_json(f) for f in arm_files(out)]
     if not found: raise InputError(f"{out} holds no finished arm: run one with the command `run`, or `compare`.")
-    label = lambda r: " -> ".join([*r["sources"], r["target"]])
     rows = lambda key: pd.concat([pd.DataFrame(r[key]).assign(arm=r["arm"], seed=r["seed"]) for r in found], ignore_index=True)
     return Comparison(
         rows("cases")[["arm", "seed", "patient", "dice", "hd95", "surface_dice"]].astype({"hd95": float}), rows("curve")[["arm", "seed", "stage", "task", "step", "loss"]],
-        pd.DataFrame([{"arm": r["arm"], "seed": r["seed"], "path": label(r), "steps": r["steps"], "seconds_per_step": r["seconds_per_step"], "model": out / r["model"]} for r in found]),
+        pd.DataFrame([{"arm": r["arm"], "seed": r["seed"], "path": arm_path(r["arm"], r["sources"], r["target"]), "steps": r["steps"], "seconds_per_step": r["seconds_per_step"], "model": out / r["model"]} for r in found]),
         {(r["arm"], r["seed"]): out / "overlays" / f"{r['arm']}-seed{r['seed']}.npz" for r in found})
 
 # %% ../nbs/33_transfer.ipynb #42b6a5e4

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_weights', 'check_limits', 'channels_of', 'adapt', 'what_was_loaded']
 
-# %% ../nbs/30_weights.ipynb #8023e728
+# %% ../nbs/30_weights.ipynb #8481e250
 import pickle
 import re
 import tarfile
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .core import InputError, nearest
+from .core import InputError
 
 # %% ../nbs/30_weights.ipynb #844fcc54
 def _archive(path: Path) -> str:
@@ -49,7 +49,7 @@ def _flat(data: dict) -> dict:
     if not found: raise InputError("it holds no tensors by name: save net.state_dict()")
     return found
 
-# %% ../nbs/30_weights.ipynb #572ed4dc
+# %% ../nbs/30_weights.ipynb #4eaa4499
 _AS_SAFETENSORS = "where you trust its origin, open it yourself and keep the weights alone with safetensors.torch.save_file"
 
 
@@ -65,7 +65,7 @@ def read_weights(path,  # `.safetensors`, `.pt`, `.pth` or `.ckpt` file
         what = re.search(r"GLOBAL (\S+)", str(e))
         why = f"it asks for {what[1]}" if what else str(e).splitlines()[0].rstrip(".")
         raise InputError(f"{path} holds more than weights or is damaged ({why}) and was not opened, since that could run a program: {_AS_SAFETENSORS}.") from e
-    except Exception as e: raise InputError(f"{path} cannot be read ({(str(e) or type(e).__name__).splitlines()[0].rstrip('.')}): fetch it again.") from e
+    except Exception as e: raise InputError(f"{path} cannot be read, it may be damaged or cut short ({(str(e) or type(e).__name__).splitlines()[0].rstrip('.')}): fetch it again.") from e
 
 # %% ../nbs/30_weights.ipynb #54e0c8e1
 _FROM_BELOW = "upsamples", "up_layers", "up_samples"  # lists of which MONAI counts the coarsest as 0
@@ -94,7 +94,7 @@ def _places(names) -> dict:
         out.setdefault(place, name)
     return out
 
-# %% ../nbs/30_weights.ipynb #3a323f9d
+# %% ../nbs/30_weights.ipynb #f9a4543d
 def _own(net) -> dict:
     "Parameters and buffers of a network by name, each once."
     kept = net.state_dict().keys()
@@ -104,12 +104,12 @@ def _own(net) -> dict:
 def _match(state: dict, own) -> tuple:
     "({our name: their name} for each place that both have, their names that have no place here)."
     bare = {name.replace("_orig_mod.", ""): name for name in state}
-    starts = {"".join(s + "." for s in name.split(".")[:n]) for name in bare for n in range(4)}
-    ours, best = _places(own), {}
+    starts = dict.fromkeys("".join(s + "." for s in name.split(".")[:n]) for name in bare for n in range(4))  # in the order of the file
+    ours, best, rest = _places(own), {}, list(state)
     for start in sorted(starts, key=len):
         theirs = _places([n[len(start):] for n in bare if n.startswith(start)])
         found = {ours[p]: bare[start + n] for p, n in theirs.items() if p in ours}
-        if not best or len(found) > len(best): best, rest = found, [bare[start + n] for p, n in theirs.items() if p not in ours]
+        if len(found) > len(best): best, rest = found, [bare[start + n] for p, n in theirs.items() if p not in ours] + [name for n, name in bare.items() if not n.startswith(start)]
         if len(found) == len(own): break
     return best, rest
 
@@ -157,7 +157,7 @@ def _kernel(w: torch.Tensor, layer) -> tuple:
     said = " and ".join(dict.fromkeys(v for v in verbs if v))
     return w, f"{'2-D ' * flat}kernel {given} {said} to {_by(size)}" if said else ""
 
-# %% ../nbs/30_weights.ipynb #f166f9ed
+# %% ../nbs/30_weights.ipynb #15f6d3a2
 def _ends(net) -> tuple:
     "({layer: convolution}, input channels of the network, its output channels)."
     layers = {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd)}
@@ -168,7 +168,9 @@ def _ends(net) -> tuple:
 
 def _fit(w: torch.Tensor, mine: torch.Tensor, layer, inputs: int, outputs: int, given: tuple, names: tuple) -> tuple:
     "(`w` in the shape of `mine` or None, how): `layer` is the convolution it belongs to, if it does."
+    if mine.is_floating_point() and not w.is_floating_point(): return None, f"fresh: the file holds {w.dtype}".replace("torch.", "")
     if w.shape == mine.shape: return w, "as it is"
+    w = w.to(mine)  # before any mean is taken: half precision is for keeping
     kernel, steps = layer is not None and min(w.ndim, mine.ndim) > 2, []
     out = 1 if kernel and isinstance(layer, _ConvTransposeNd) else 0
     width = f"fresh: other width {_by(w.shape[:2])} against {_by(mine.shape[:2])}"
@@ -181,7 +183,7 @@ def _fit(w: torch.Tensor, mine: torch.Tensor, layer, inputs: int, outputs: int, 
     w, how = _kernel(w, layer)
     return w, how if w is None else "; ".join(s for s in (*steps, how) if s)
 
-# %% ../nbs/30_weights.ipynb #f8fd0c6a
+# %% ../nbs/30_weights.ipynb #d920964f
 def _several(names) -> tuple: return (names,) if isinstance(names, str) else tuple(names or ())
 
 
@@ -203,7 +205,7 @@ def check_limits(given: tuple = (),  # modalities of the foreign input channels,
     if outputs and outputs > 1: out.append(f"The weights tell {outputs} classes apart and a task has one label here: the head starts fresh.")
     return out
 
-
+# %% ../nbs/30_weights.ipynb #7e8aa10c
 def channels_of(state: dict,  # foreign weights by name
                 net: torch.nn.Module,  # that wants them
                ) -> tuple:  # (input channels, outputs of the head) of the foreign network; None where it has no such layer in the same place
@@ -215,7 +217,7 @@ def channels_of(state: dict,  # foreign weights by name
     last = (shapes[n][int(isinstance(m, _ConvTransposeNd))] for n, m in reversed(layers.items()) if n in shapes and m.out_channels == outputs)
     return next(first, None), next(last, None)
 
-# %% ../nbs/30_weights.ipynb #0b88d750
+# %% ../nbs/30_weights.ipynb #a2141441
 def _row(parameter, source, w, mine, how) -> dict:
     shape = lambda t: "" if t is None else _by(t.shape) or "1"
     return {"parameter": parameter, "source": source, "given": shape(w), "wanted": shape(mine), "weights": (w if mine is None else mine).numel(), "how": how}
@@ -224,10 +226,10 @@ def _row(parameter, source, w, mine, how) -> dict:
 def _nothing(state, own, report) -> InputError:
     hows = [h for h in dict.fromkeys(report.how) if h.startswith("fresh: ") and "not in the file" not in h]
     why = hows[0].removeprefix("fresh: ") if hows else "no layers of the same names"
-    return InputError(f"Nothing of the {len(state)} parameters given ({next(iter(state), 'none')} ...) fits this network ({next(iter(own))} ...; {why}): "
+    return InputError(f"None of the weights given ({next(iter(state))} ...) fits this network ({next(iter(own))} ...; {why}): "
                       "build a network of the same kind and width, or rename the parameters.")
 
-
+# %% ../nbs/30_weights.ipynb #51474083
 def adapt(state: dict,  # foreign weights: tensors by name
           net: torch.nn.Module,  # that wants them, freshly built
           given: tuple = (),  # modalities of the foreign input channels, in order
@@ -246,16 +248,16 @@ def adapt(state: dict,  # foreign weights: tensors by name
     for name, mine in own.items():
         w, found, how = state.get(theirs.get(name)), None, "fresh: not in the file"
         if w is not None:
-            if not torch.isfinite(w).all(): raise InputError(f"The weights {theirs[name]} hold values that are not finite: that training went astray, take an earlier checkpoint.")
             found, how = _fit(w.detach(), mine, layers.get(name.rpartition(".")[0]), inputs, outputs, given, wanted)
         out[name] = (mine.detach() if found is None else found.to(mine)).clone(memory_format=torch.contiguous_format)
+        if not torch.isfinite(out[name]).all(): raise InputError(f"The weights {theirs[name]} hold values that are not finite: that training went astray, take an earlier checkpoint.")
         rows.append(_row(name, theirs.get(name, ""), w, mine, how))
     report = pd.DataFrame(rows + [_row("", n, state[n], None, "not used: no such place here") for n in unused])
     kernels = [n for n, m in own.items() if m.ndim > 1]
     if report[report.parameter.isin(kernels)].how.str.startswith("fresh").all(): raise _nothing(state, own, report)
     return out, report
 
-# %% ../nbs/30_weights.ipynb #3bdd083d
+# %% ../nbs/30_weights.ipynb #e802a282
 def what_was_loaded(report: pd.DataFrame,  # of `adapt`
                    ) -> str:  # lines of text
     "How many weights were taken, and a line for each way with up to three of its parameters."

@@ -14,8 +14,8 @@ from conftest import ROOT
 from fastcore.docments import docments
 
 BIN = Path(sys.executable).parent
-ORDER = ["core", "tasks", "datasets", "phantom", "zoo", "similarity.image", "similarity.label", "similarity.object", "similarity.signature", "affinity", "scores", "paths", "networks", "training", "evaluation",
-         "transfer", "features", "calibration", "engine", "plots", "cli", "all"]
+ORDER = ["core", "tasks", "datasets", "phantom", "zoo", "similarity.image", "similarity.label", "similarity.object", "similarity.signature", "affinity", "scores", "paths", "networks", "weights", "training", "evaluation",
+         "transfer", "features", "calibration", "deploy", "engine", "plots", "cli", "all"]
 
 
 @pytest.fixture(scope="module")

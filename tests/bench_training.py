@@ -1,0 +1,145 @@
+"""`make bench`: the training loop against its forward and backward passes alone, what the ways of computing bring, memory, time to the first step, inference.
+
+Everything is measured in one run on one device, on phantom volumes of the size of FeTS 2022; what carries over are ratios. Nothing is asserted."""
+import os
+import resource
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from time import perf_counter
+
+import pandas as pd
+import pytest
+import torch
+from bench_affinity import CASES, KEPT, RECORDS, SIZE, processor
+
+from seqtransfer.core import code_digest, digest
+from seqtransfer.datasets import read_fets
+from seqtransfer.evaluation import predict
+from seqtransfer.networks import NETWORKS, Plan, _with_patch, build_network, device, training_memory
+from seqtransfer.tasks import read_case
+from seqtransfer.training import IgnoringLoss, Stage, batches, deep_loss, optimiser_for, prepare_task, ready, step_function, train
+from seqtransfer.zoo import write_zoo
+
+ON_GPU = device().type == "cuda"
+PATCH = (128, 160, 112) if ON_GPU else (48, 48, 48)
+PLANS = {n: _with_patch(Plan((1.0, 1.0, 1.0), (), network=n, precision="bfloat16" if ON_GPU else "float32", channels_last=ON_GPU), PATCH) for n in NETWORKS}
+WAYS = {"float32": {"precision": "float32", "channels_last": False}, "bfloat16": {"precision": "bfloat16", "channels_last": False}, "channels last": {"precision": "float32", "channels_last": True},
+        "bfloat16, channels last": {"precision": "bfloat16", "channels_last": True}, "bfloat16, channels last, compiled": {"precision": "bfloat16", "channels_last": True, "compiled": True},
+        "float32, compiled": {"precision": "float32", "channels_last": False, "compiled": True}}
+LOOP, WAY = [], []
+
+
+@pytest.fixture(scope="module")
+def task():
+    "Ten patients of 240x240x155 voxels."
+    name = f"phantom-bench-{digest(SIZE, CASES, code_digest('core', 'phantom', 'zoo'))}"
+    return read_fets(write_zoo(KEPT / name, "fets2022", SIZE, CASES), (1,))["fets-01-FLAIR-ED"]
+
+
+@pytest.fixture(scope="module")
+def data(task):
+    return prepare_task(task, PLANS["unet"])
+
+
+def seconds(f, n):
+    "Seconds for each of `n` calls, all of it done when the time is taken; the first two calls do not count."
+    for _ in range(2): f()
+    if ON_GPU: torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(n): f()
+    if ON_GPU: torch.cuda.synchronize()
+    return (perf_counter() - start) / n
+
+
+def forward_backward(plan, x, y):
+    "One step without data and optimiser."
+    net, criterion = ready(build_network(plan, 0), plan), IgnoringLoss(2.0)
+    def f():
+        with torch.autocast(device().type, torch.bfloat16) if plan.precision == "bfloat16" else nullcontext(): out = net(x)
+        deep_loss(criterion, out, y).backward()
+    return f
+
+
+def first_batch(task, data, plan): return next(batches(data, Stage(task, 1, 1e-3, 0), plan))
+
+
+@pytest.mark.parametrize("augmentation", ["light", "nnunet"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_loop(benchmark, task, data, network, augmentation):
+    plan, n = PLANS[network], 60 if network == "unet" or ON_GPU else 12
+    stage = Stage(task, n, 1e-3, 0, augmentation=augmentation)
+    def measure():
+        alone = [seconds(forward_backward(plan, *first_batch(task, data, plan)), max(n // 2, 5))]
+        took = []
+        start = perf_counter()
+        train(build_network(plan, 0), data, stage, plan, log=lambda name, _, step: took.append((perf_counter(), step)) if name == "loss" else None)
+        alone.append(seconds(forward_backward(plan, *first_batch(task, data, plan)), max(n // 2, 5)))  # before and after, since clocks drift
+        (a, first), (b, last) = took[2], took[-1]
+        LOOP.append({"network": network, "augmentation": augmentation, "loop, steps/s": (last - first) / (b - a), "forward + backward alone, steps/s": 2 / sum(alone)})
+    benchmark.pedantic(measure, rounds=1, iterations=1)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_memory_first_step_inference(benchmark, task, network):
+    plan = PLANS[network]
+    def measure():
+        start = perf_counter()
+        found = prepare_task(task, plan)
+        net = ready(build_network(plan, 0), plan)
+        step = step_function(net, optimiser_for(net, Stage(task, 1, 1e-3, 0)), IgnoringLoss(2.0), plan)
+        float(step(*next(batches(found, Stage(task, 1, 1e-3, 0), plan))))
+        first = perf_counter() - start
+        volume = read_case(task.cases[0])
+        if ON_GPU: predict(net, volume, plan)
+        start = perf_counter()
+        predict(net, volume, plan)
+        inference = perf_counter() - start
+        for row in LOOP:
+            if row["network"] == network: row |= {"memory of a step, GB": memory(network), "planned, GB": training_memory(plan), "first step, s": first, "inference, s/volume": inference}
+    benchmark.pedantic(measure, rounds=1, iterations=1)
+
+
+def memory(network):
+    "What three steps take at most above what was there before, GB; on a CPU in a process of its own."
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+        three_steps(PLANS[network])
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    code = f"from bench_training import *; three_steps({PLANS[network]!r})"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__)).stdout.split()[-1])
+
+
+def three_steps(plan):
+    x = torch.randn(plan.batch, 1, *plan.patch, device=device())
+    f = forward_backward(plan, x, (x > 2).float())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3): f()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("network", ["unet", "dynunet"])
+def test_ways_of_computing(benchmark, task, data, network, way):
+    plan = replace(PLANS[network], **WAYS[way])
+    def measure():
+        start = perf_counter()
+        f = forward_backward(plan, *first_batch(task, data, plan))
+        f()
+        first = perf_counter() - start
+        WAY.append({"network": network, "way": way, "seconds": seconds(f, 30 if network == "unet" or ON_GPU else 6), "first call, s": first})
+    benchmark.pedantic(measure, rounds=1, iterations=1)
+
+
+def test_table():
+    "Prints the tables and keeps them for the page on benchmarks."
+    loop, way = pd.DataFrame(LOOP), pd.DataFrame(WAY)
+    loop.insert(4, "loop / alone", loop["loop, steps/s"] / loop["forward + backward alone, steps/s"])
+    way["speed over float32"] = way.groupby("network").seconds.transform("first") / way.seconds
+    loop["device"] = torch.cuda.get_device_name(0) if ON_GPU else f"{processor()}, {torch.get_num_threads()} threads"
+    loop["patch"], loop["batch"] = "x".join(map(str, PATCH)), PLANS["unet"].batch
+    print(f"\n{loop.round(3).T.to_string()}\n\n{way.round(4).to_string()}")
+    if os.environ.get("SEQTRANSFER_BENCH_RECORD"):
+        loop.round(4).to_csv(RECORDS / "bench_training.csv", index=False)
+        way.round(4).to_csv(RECORDS / "bench_training_ways.csv", index=False)
