@@ -9,12 +9,14 @@ __all__ = []
 from .affinity import Affinity, affinity
 from .core import InputError
 from .datasets import read_pool, task_table, validate
+from .deploy import export_bundle, write_predictions
 from .engine import report, run
 from .paths import TransferPath, best_paths, explain, path_table, recommend, side_by_side
 from .tasks import Task, TaskPool, protocol
-from .transfer import ARMS, Comparison, Recipe, compare, read_results
+from .transfer import ARMS, Comparison, Recipe, compare, read_results, readable
 from .zoo import demo_zoo, write_zoo
 
 # %% ../nbs/70_all.ipynb #63f15715
 __all__ = ["Affinity", "affinity", "InputError", "read_pool", "task_table", "validate", "report", "run", "TransferPath", "best_paths", "explain", "path_table", "recommend", "side_by_side",
-           "demo_zoo", "write_zoo", "Task", "TaskPool", "protocol", "ARMS", "Comparison", "Recipe", "compare", "read_results"]
+           "demo_zoo", "write_zoo", "Task", "TaskPool", "protocol", "ARMS", "Comparison", "Recipe", "compare", "read_results", "readable",
+           "write_predictions", "export_bundle"]

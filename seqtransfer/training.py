@@ -10,9 +10,10 @@ __all__ = ['AUGMENTATIONS', 'OPTIMISERS', 'EVERY', 'Stage', 'data_digest', 'stag
 
 # %% ../nbs/31_training.ipynb #d229fae5
 import contextlib
-import itertools
 import os
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,7 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from monai.data import ThreadBuffer
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceLoss
 from monai.metrics import compute_dice
@@ -74,8 +74,8 @@ def _light() -> list:
 def _nnunet(patch) -> list:
     turn, both = (np.pi / 6,) * 3, ["image", "mask"]
     return [
-        RandAffined(both, prob=0.2, spatial_size=patch, rotate_range=turn, mode=("bilinear", "nearest"), padding_mode="border"),
-        RandAffined(both, prob=0.2, spatial_size=patch, scale_range=((-0.3, 0.4),) * 3, mode=("bilinear", "nearest"), padding_mode="border"),
+        RandAffined(both, prob=0.2, spatial_size=patch, rotate_range=turn, mode=("bilinear", "nearest"), padding_mode="border", device=device()),
+        RandAffined(both, prob=0.2, spatial_size=patch, scale_range=((-0.3, 0.4),) * 3, mode=("bilinear", "nearest"), padding_mode="border", device=device()),
         RandGaussianNoised("image", prob=0.1, std=0.1), RandGaussianSmoothd("image", (0.5, 1), (0.5, 1), (0.5, 1), prob=0.2),
         RandScaleIntensityd("image", factors=0.25, prob=0.15), RandScaleIntensityFixedMeand("image", prob=0.15, factors=0.25, fixed_mean=True, preserve_range=True),
         RandSimulateLowResolutiond("image", prob=0.25, zoom_range=(0.5, 1)),
@@ -200,8 +200,13 @@ def batches(data: list,  # what `prepare_task` returned
 def ahead(items,  # iterator that makes batches
           n: int,  # how many to make before they are asked for; 0 for none
          ):  # iterator over the same
-    "Makes items in a thread while others are used."
-    return ThreadBuffer(items, n) if n else items
+    "Makes items in a thread while others are used; what goes wrong there is raised here."
+    if not n: yield from items; return
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, None) for _ in range(n))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
+            yield item
 
 # %% ../nbs/31_training.ipynb #e91a6e75
 def step_function(net: torch.nn.Module,  # on the device, in training

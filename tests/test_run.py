@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from conftest import COMMAND, ROOT, seqtransfer
 
-from seqtransfer.engine import read_result
+from seqtransfer.engine import best_arm, read_result
 from seqtransfer.tasks import protocol
 from seqtransfer.datasets import read_pool
+from seqtransfer.transfer import read_results
 
 ARGS = ("--target", "TumourB-FLAIR-ED", "--shots", "2", "--steps", "60", "--target-steps", "20", "--arms", "scratch,direct-choice,sequential")
 
@@ -31,7 +32,8 @@ def finished(zoo, tmp_path_factory):
 
 def state(out):
     "What must not be touched again: finished stages and arms with their times."
-    return {p: p.stat().st_mtime_ns for pattern in ("stages/*/*", "arms/*.json") for p in out.glob(pattern)}
+    stages = [f for p in out.glob("stages/*/stage.json") for f in (p, p.with_name("model.safetensors"))]
+    return {p: p.stat().st_mtime_ns for p in (*stages, *out.glob("arms/*.json"))}
 
 
 def test_a_run_leaves_what_it_says(finished):
@@ -43,20 +45,23 @@ def test_a_run_leaves_what_it_says(finished):
     assert table.steps.tolist() == [20, 80, 80]
     for arm in arms:
         result = read_result(out / "notebooks" / f"arm-{arm}.ipynb")
-        assert result == json.loads((out / "arms" / f"{arm}.json").read_text())
+        assert result == json.loads((out / "arms" / f"{arm}-seed0.json").read_text())
         assert table.set_index("arm").dice[arm] == pytest.approx(sum(c["dice"] for c in result["cases"]) / 3)
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64") >= 4 and "TumourB-FLAIR-ED" in html
+    for arm in arms: assert str(out / json.loads((out / "arms" / f"{arm}-seed0.json").read_text())["model"]) in done.stdout
+    best = table[table.arm != "scratch"].set_index("arm").dice.idxmax()
+    assert f"seqtransfer predict {out / json.loads((out / 'arms' / f'{best}-seed0.json').read_text())['model']} " in done.stdout and f"tensorboard --logdir {out / 'stages'}" in done.stdout
 
 
 def test_the_protocol_is_kept(finished, zoo):
     out, _ = finished
     split = protocol(read_pool(zoo), "TumourB-FLAIR-ED", 2)
-    said = json.loads((out / "protocol.json").read_text())
+    said = json.loads((out / "protocol-seed0.json").read_text())
     assert said["test patients"] == list(split.test.patients) and said["removed cases"] == split.removed
     assert split.removed == {f"TumourB-{m}-{x}": 3 for m in ("FLAIR", "T2") for x in ("NCR", "ED", "ET") if (m, x) != ("FLAIR", "ED")}
     for arm in ("direct-choice", "sequential"):
-        result = json.loads((out / "arms" / f"{arm}.json").read_text())
+        result = json.loads((out / "arms" / f"{arm}-seed0.json").read_text())
         assert {c["patient"] for c in result["cases"]} == set(split.test.patients)
     near = json.loads((out / "affinity.json").read_text())["parameters"]
     assert near["tasks"]["TumourB-FLAIR-ED"]["cases"] == 2
@@ -64,7 +69,8 @@ def test_the_protocol_is_kept(finished, zoo):
 
 def test_every_executed_notebook_shows_its_figures(finished):
     out, _ = finished
-    figures = {"affinity": 2, "arm-scratch": 2, "arm-sequential": 2, "report": 4}
+    overlays = len({"sequential", best_arm(read_results(out))})
+    figures = {"affinity": 2, "arm-scratch": 2, "arm-sequential": 2, "report": 5 + overlays}
     for name, n in figures.items():
         nb = nbformat.read(out / "notebooks" / f"{name}.ipynb", 4)
         assert sum("image/png" in o.get("data", {}) for c in nb.cells for o in c.get("outputs", [])) == n, name
@@ -86,10 +92,11 @@ def test_another_run_is_refused_in_the_same_folder(finished, zoo):
 
 def test_a_report_can_be_written_again(finished):
     out, first = finished
-    for p in (out / "dice.csv", out / "report.html", out / "figures" / "dice.png"): p.unlink()
+    written = out / "dice.csv", out / "cases.csv", out / "report.html", out / "figures" / "dice.png"
+    for p in written: p.unlink()
     again = seqtransfer("report", out)
     assert again.returncode == 0 and again.stdout == first.stdout
-    assert (out / "dice.csv").exists() and (out / "report.html").exists() and (out / "figures" / "dice.png").exists()
+    assert all(p.exists() for p in written)
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bits(finished, zoo, tmp_path):
@@ -102,12 +109,12 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(finished, zoo, tmp_
         time.sleep(0.02)
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()
-    assert not (out / "arms" / "sequential.json").exists() and not (out / "dice.csv").exists()
+    assert not (out / "arms" / "sequential-seed0.json").exists() and not (out / "dice.csv").exists()
     before = state(out)
     resumed = seqtransfer("run", zoo, "--out", out, *args)
     assert resumed.returncode == 0 and resumed.stderr.count("was done before") == 1
     assert {p: t for p, t in state(out).items() if p in before} == before  # no finished stage was trained again
-    a, b = (json.loads((folder / "arms" / "sequential.json").read_text()) for folder in (expected, out))
+    a, b = (json.loads((folder / "arms" / "sequential-seed0.json").read_text()) for folder in (expected, out))
     assert a["cases"] == b["cases"] and a["stages"] == b["stages"]
     assert (expected / a["model"]).read_bytes() == (out / b["model"]).read_bytes()
 
