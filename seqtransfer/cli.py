@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'out_console', 'err_console', 'Data', 'Target', 'Shots', 'Test', 'Seed', 'Mode', 'Sources', 'Top', 'Json',
            'Device', 'Sampled', 'Sites', 'Modalities', 'Labels', 'Cases', 'Steps', 'TargetSteps', 'Network',
-           'Optimiser', 'Augmentation', 'Head', 'Freeze', 'Validation', 'Lr', 'TargetLr', 'Memory', 'Start',
+           'Optimiser', 'Augmentation', 'Head', 'Freeze', 'Validation', 'Lr', 'TargetLr', 'Memory', 'Compiled', 'Start',
            'StartModalities', 'Arms', 'Model', 'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths', 'run',
            'predict', 'export', 'cache', 'report', 'main']
 
@@ -98,6 +98,7 @@ Validation = Annotated[int, _training("So many of the --shots labelled target pa
 Lr = Annotated[Optional[float], _training("Initial learning rate on sources, and on the target from fresh weights; when not given what suits optimiser and network (0.005 for adamw with unet, 0.001 with the others, 0.01 for sgd).", "--lr")]
 TargetLr = Annotated[Optional[float], _training("Initial learning rate on the target from trained weights; a tenth of the usual --lr when not given.")]
 Memory = Annotated[Optional[float], _training("GB that a training step may take; the patch is made smaller to fit. Two thirds of the GPU's, or 8, when not given.")]
+Compiled = Annotated[bool, _training("Let torch compile the network: up to a minute at the beginning of each stage, which pays in long ones.", "--compile")]
 Start = Annotated[Optional[Path], _training("Weights from elsewhere that the first source starts from, instead of fresh ones: .safetensors, .pt, .pth or .ckpt. Nothing in the file is executed.")]
 StartModalities = Annotated[Optional[str], _training("With --start: names of the modalities that its network takes, in order, e.g. T1,T2,FLAIR; the one of the source is picked. When not given, or not among them, they are averaged.")]
 
@@ -283,14 +284,14 @@ def run(
     arms: Arms = "scratch,direct-choice,sequential",
     sources: Sources = 2, shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
     steps: Steps = 1000, target_steps: TargetSteps = 100, network: Network = "unet", optimiser: Optimiser = "adamw", augmentation: Augmentation = "light", head: Head = "keep", freeze: Freeze = None,
-    validation: Validation = 0, lr: Lr = None, target_lr: TargetLr = None, memory: Memory = None, start: Start = None, start_modalities: StartModalities = None,
+    validation: Validation = 0, lr: Lr = None, target_lr: TargetLr = None, memory: Memory = None, compiled: Compiled = False, start: Start = None, start_modalities: StartModalities = None,
     as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "Choose a path, train it, and compare it with direct transfer and training from scratch."
     from seqtransfer import engine
     recipe = _recipe(validation, freeze, start, start_modalities, source_steps=steps, target_steps=target_steps, source_lr=lr, target_lr=target_lr,
-                     network=network, memory=memory, optimiser=optimiser, augmentation=augmentation, head=head)
+                     network=network, memory=memory, compiled=compiled, optimiser=optimiser, augmentation=augmentation, head=head)
     with _Shown() as show:
         result = engine.run(data, target, out, tuple(filter(None, arms.replace(" ", "").split(","))), sources, shots, test, seed, mode, recipe, _wanted(sites, modalities, labels, cases), show)
     _finish(out, as_json)

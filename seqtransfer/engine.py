@@ -33,10 +33,9 @@ import seqtransfer
 from .affinity import definition
 from .core import InputError, RunError, code_digest, digest, read_json, replacing, write_json
 from .datasets import read_pool
-from .networks import plan_for
-from .tasks import TaskPool, content_digest, protocol, read_task
-from .training import Pretrained, begin, optimiser_for
-from .transfer import ARMS, Comparison, Recipe, arm_files, arm_sources, arm_stages, check_cases, open_run, read_results
+from .tasks import TaskPool, content_digest, protocol
+from .training import begin, optimiser_for
+from .transfer import ARMS, Comparison, Recipe, arm_files, arm_sources, arm_stages, check_cases, open_run, read_results, recipe_plan
 
 # %% ../nbs/40_engine.ipynb #6ce49472
 TEMPLATES = ("affinity", "transfer_path", "report")
@@ -156,18 +155,16 @@ def _stamp(pool: TaskPool) -> str:
 # %% ../nbs/40_engine.ipynb #d4e28326
 def _check_recipe(recipe: Recipe, split, arms, sources):
     "Raises `InputError` for a recipe that no stage could follow."
-    for where, lr in (("sources", recipe.source_lr), ("the target", recipe.target_lr)):
-        if not 0 < lr < float("inf"): raise InputError(f"A learning rate must be above 0, and that on {where} is {lr:g}: take one such as 0.001.")
     held = (recipe.fine_tuning or {}).get("validation", 0)
     if not 0 <= held < len(split.train): raise InputError(f"Of {len(split.train)} labelled patients {held} cannot be held out for validation: hold out fewer, or ask for more shots.")
     names = split.sources.names[:sources]  # which they are makes no difference here
-    plan, tried = plan_for(read_task(split.train), recipe.largest_patch, recipe.network, recipe.memory), {}
+    plan, tried = recipe_plan(split, recipe), {}
     for arm in arms:
         alike = "direct-first" if arm == "direct-oracle" else arm
         (chain, *_), last = arm_stages(alike, arm_sources(alike, names, names[0]), split, recipe)
         for i, stage in enumerate((*chain, last)): tried[stage.frozen, stage.head, stage.optimiser, bool(recipe.start and chain and i == 0)] = stage
     for (*_, first), stage in tried.items():  # which stages can be begun, each kind once
-        init = Pretrained(Path(recipe.start), tuple(recipe.start_modalities)) if first else None
+        init = recipe.pretrained if first else None
         with contextlib.redirect_stdout(io.StringIO()): optimiser_for(begin(stage, plan, init)[0], stage)  # what was loaded is said where it is trained
 
 

@@ -154,6 +154,7 @@ def plan_for(volumes: list,  # of `Volume`: the few-shot cases of the target
              largest: int = 64,  # longest patch side, voxels
              network: str = "unet",  # of `NETWORKS`
              memory: float | None = None,  # GB for a training step; two thirds of the GPU's, or 8, when None
+             compiled: bool = False,  # let torch compile the network
             ) -> Plan:  # for the target and every source on the way to it
     "The plan of a target; raises `InputError` for an unknown network, or when the smallest patch does not fit in `memory`."
     if network not in NETWORKS: raise InputError(f"There is no network {network!r}: there are {', '.join(NETWORKS)}.")
@@ -161,7 +162,7 @@ def plan_for(volumes: list,  # of `Volume`: the few-shot cases of the target
     if memory is None: memory = torch.cuda.get_device_properties(0).total_memory / 1.5e9 if on_gpu else 8.0
     spacing = np.median([v.spacing for v in volumes], axis=0)
     patch = np.clip(np.ceil((_extent(volumes) / spacing - 1e-6) / 8) * 8, 16, max(16, largest // 8 * 8))
-    plan = Plan(tuple(round(float(s), 4) for s in spacing), (), network=network, precision="bfloat16" if on_gpu else "float32", channels_last=on_gpu)
+    plan = Plan(tuple(round(float(s), 4) for s in spacing), (), network=network, precision="bfloat16" if on_gpu else "float32", channels_last=on_gpu, compiled=compiled)
     while training_memory(found := _with_patch(plan, patch)) > memory:
         if patch.max() == 16: raise InputError(f"A step of the network {network} with patches of 16x16x16 needs more than {memory} GB: allow more memory or take the network unet.")
         patch[patch.argmax()] -= 8

@@ -63,7 +63,7 @@ def read_weights(path,  # `.safetensors`, `.pt`, `.pth` or `.ckpt` file
     except InputError as e: raise InputError(f"{path} cannot be used, {e}.") from e
     except pickle.UnpicklingError as e:
         what = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it asks for {what[1]}" if what else str(e).splitlines()[0].rstrip(".")
+        why = f"it asks for {what[1]}" if what else "torch finds no plain tensors in it" if "torch.load" in str(e) else str(e).splitlines()[0].rstrip(".")  # torch's own advice would be to trust it
         raise InputError(f"{path} holds more than weights or is damaged ({why}) and was not opened, since that could run a program: {_AS_SAFETENSORS}.") from e
     except Exception as e: raise InputError(f"{path} cannot be read, it may be damaged or cut short ({(str(e) or type(e).__name__).splitlines()[0].rstrip('.')}): fetch it again.") from e
 
