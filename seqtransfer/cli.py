@@ -28,7 +28,7 @@ from .core import InputError, RunError, replacing, writable
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Which source tasks, in which order, should a segmentation network be trained on before it is fine-tuned on mine?\n\n"
                        "In this order: phantom (or your own folder), tasks, affinity, paths, run, report; then predict or export with a model of the run.")
-out_console, err_console = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
+out_console, err_console = Console(width=None if sys.stdout.isatty() else 220), Console(stderr=True)
 
 
 def _cell(x) -> str:
@@ -46,7 +46,7 @@ def show_table(frame,  # pandas table
     table = Table(title=title, title_justify="left")
     for c in frame.columns:
         text = not pd.api.types.is_numeric_dtype(frame[c])
-        table.add_column(c, justify="left" if text else "right", overflow="fold", no_wrap=None if c in ("path", "task", "problem") else out_console.width >= 160)
+        table.add_column(c, justify="left" if text else "right", overflow="fold", no_wrap=None if c in ("path", "task", "problem") else out_console.width >= 220)
     for row in frame.itertuples(index=False): table.add_row(*map(_cell, row))
     out_console.print(table)
 

@@ -7,8 +7,6 @@ __all__ = ['TEMPLATES', 'RESULT', 'PUBLIC', 'template', 'read_result', 'is_done'
            'pairs_shown', 'report', 'case_names']
 
 # %% ../nbs/40_engine.ipynb #59dd849b
-import contextlib
-import io
 import json
 import os
 import random
@@ -33,9 +31,8 @@ import seqtransfer
 from .affinity import definition
 from .core import InputError, RunError, code_digest, digest, read_json, replacing, write_json
 from .datasets import read_pool
-from .tasks import TaskPool, content_digest, protocol
-from .training import begin, optimiser_for
-from .transfer import ARMS, Comparison, Recipe, arm_files, arm_sources, arm_stages, check_cases, open_run, read_results, recipe_plan
+from .tasks import TaskPool, protocol
+from .transfer import ARMS, Comparison, Recipe, arm_files, arm_sources, check_cases, check_recipe, open_run, read_results
 
 # %% ../nbs/40_engine.ipynb #6ce49472
 TEMPLATES = ("affinity", "transfer_path", "report")
@@ -153,21 +150,6 @@ def _stamp(pool: TaskPool) -> str:
     return digest([[t.name, c.patient, [of(f) for f in c.files], c.labels, c.ignore, c.channel] for t in pool for c in t.cases])
 
 # %% ../nbs/40_engine.ipynb #d4e28326
-def _check_recipe(recipe: Recipe, split, arms, sources):
-    "Raises `InputError` for a recipe that no stage could follow."
-    held = (recipe.fine_tuning or {}).get("validation", 0)
-    if not 0 <= held < len(split.train): raise InputError(f"Of {len(split.train)} labelled patients {held} cannot be held out for validation: hold out fewer, or ask for more shots.")
-    names = split.sources.names[:sources]  # which they are makes no difference here
-    plan, tried = recipe_plan(split, recipe), {}
-    for arm in arms:
-        alike = "direct-first" if arm == "direct-oracle" else arm
-        (chain, *_), last = arm_stages(alike, arm_sources(alike, names, names[0]), split, recipe)
-        for i, stage in enumerate((*chain, last)): tried[stage.frozen, stage.head, stage.optimiser, bool(recipe.start and chain and i == 0)] = stage
-    for (*_, first), stage in tried.items():  # which stages can be begun, each kind once
-        init = recipe.pretrained if first else None
-        with contextlib.redirect_stdout(io.StringIO()): optimiser_for(begin(stage, plan, init)[0], stage)  # what was loaded is said where it is trained
-
-
 def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wanted) -> tuple:
     "The parameters that all notebooks share and the state of the data; raises `InputError` for a run that cannot succeed."
     if not arms: raise InputError(f"No arm was named: the arms are {', '.join(ARMS)}.")
@@ -177,12 +159,13 @@ def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wa
     split = protocol(pool, target, shots, seed, test)
     if not 1 <= sources <= len(split.sources):
         raise InputError(f"A path to {target} can have 1 to {len(split.sources)} sources, not {sources}: ask for another number.")
-    _check_recipe(recipe, split, arms, sources)
+    names = split.sources.names[:sources]  # which they are makes no difference here
+    _, said = check_recipe(recipe, split, {arm: arm_sources(arm, names, names[0]) for arm in arms})
     common = {"data": str(data), "wanted": wanted, "target": target, "shots": shots, "test": test or 0, "seed": seed}
     check_cases(split.test)
     stamp = _stamp(pool)
     open_run(out, {**common, "sources": sources, "mode": mode, "recipe": asdict(recipe), "state of the data": stamp})
-    return common, [stamp, recipe.start and content_digest(Path(recipe.start))]
+    return common, [stamp, recipe.start and recipe.pretrained.name], said
 
 # %% ../nbs/40_engine.ipynb #30b1a721
 def run(data,  # folder with data sets
@@ -201,7 +184,8 @@ def run(data,  # folder with data sets
     "Affinity, path, arms and report as executed notebooks; one arm that fails leaves the others alone. Raises `InputError`, or `RunError` if nothing was finished."
     data, out, failures, total = Path(data).absolute(), Path(out).absolute(), {}, len(arms) + 2
     if recipe.start: recipe = replace(recipe, start=str(Path(recipe.start).absolute()))
-    common, inputs = _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wanted or {})
+    common, inputs, said = _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wanted or {})
+    for sentence in said: show(0, total, sentence)
 
     def step(i, name, notebook, parameters, *products):
         show(i, total, f"{notebook} ...")

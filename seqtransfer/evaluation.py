@@ -124,4 +124,5 @@ def paired(a,  # one number per case
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, low, high = interval(d, seed, groups=groups)
     each = d if patients is None else pd.Series(d).groupby(np.asarray(patients)).mean().to_numpy()
+    each = each[np.isfinite(each)]
     return {"difference": mean, "low": low, "high": high, "p": float(wilcoxon(each).pvalue) if np.any(each != 0) else 1.0}

@@ -122,7 +122,7 @@ def _voxels(task, plan, air, most=CANDIDATES) -> _Voxels:
     "Reads a task; raises `InputError` for one without object or without background."
     data, chance, rows = prepare_task(task, plan), np.random.default_rng(0), []
     for i, (d, case) in enumerate(zip(data, task.cases)):
-        mask, tissue = d["mask"].numpy().ravel(), d["image"].numpy().ravel() != 0
+        mask, tissue = d["mask"].cpu().numpy().ravel(), d["image"].cpu().numpy().ravel() != 0
         if air or not tissue.any(): tissue[:] = True  # a constant image is 0 everywhere
         for label in (0, 1):
             at = np.flatnonzero((mask == label) & (tissue | (label == 1)))  # ignored voxels are -1

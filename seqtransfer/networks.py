@@ -111,7 +111,7 @@ def build_network(plan: Plan,  # decides the network
     "A freshly initialised network for `plan`; the global random state is left as it was."
     name, arguments = network_arguments(plan)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
         return getattr(nets, name)(**arguments)
 
 # %% ../nbs/30_networks.ipynb #c49dfa43
@@ -158,11 +158,13 @@ def plan_for(volumes: list,  # of `Volume`: the few-shot cases of the target
             ) -> Plan:  # for the target and every source on the way to it
     "The plan of a target; raises `InputError` for an unknown network, or when the smallest patch does not fit in `memory`."
     if network not in NETWORKS: raise InputError(f"There is no network {network!r}: there are {', '.join(NETWORKS)}.")
+    if memory is not None and not memory > 0: raise InputError(f"A training step cannot do with {memory} GB of memory: allow more, or leave it to the machine.")
     on_gpu = device().type == "cuda"
     if memory is None: memory = torch.cuda.get_device_properties(0).total_memory / 1.5e9 if on_gpu else 8.0
     spacing = np.median([v.spacing for v in volumes], axis=0)
     patch = np.clip(np.ceil((_extent(volumes) / spacing - 1e-6) / 8) * 8, 16, max(16, largest // 8 * 8))
-    plan = Plan(tuple(round(float(s), 4) for s in spacing), (), network=network, precision="bfloat16" if on_gpu else "float32", channels_last=on_gpu, compiled=compiled)
+    reduced = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    plan = Plan(tuple(round(float(s), 4) for s in spacing), (), network=network, precision="bfloat16" if reduced else "float32", channels_last=on_gpu and compiled, compiled=compiled)
     while training_memory(found := _with_patch(plan, patch)) > memory:
         if patch.max() == 16: raise InputError(f"A step of the network {network} with patches of 16x16x16 needs more than {memory} GB: allow more memory or take the network unet.")
         patch[patch.argmax()] -= 8

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'RATES', 'Recipe', 'recipe_plan', 'arm_sources', 'shared_out', 'joint_task', 'arm_stages', 'training_tree',
            'train_arm', 'run_arm', 'Comparison', 'readable', 'arm_path', 'arm_files', 'read_results', 'open_run',
-           'check_cases', 'chosen_path', 'compare', 'write_protocol']
+           'check_cases', 'check_recipe', 'chosen_path', 'compare', 'write_protocol']
 
 # %% ../nbs/33_transfer.ipynb #1ccd96c3
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 
 from .affinity import affinity
-from .core import InputError, digest, progress, read_json, replacing, write_json
+from .core import InputError, code_digest, digest, progress, read_json, replacing, write_json
 from .evaluation import evaluate, interval, overlays, paired
 from .networks import NETWORKS, Plan, load_network, plan_for
 from .paths import best_paths
 from .tasks import Protocol, Task, TaskPool, protocol, read_case, read_task
-from .training import AUGMENTATIONS, OPTIMISERS, Pretrained, Stage, average, data_digest, run_stage, stage_name
+from .training import AUGMENTATIONS, OPTIMISERS, Pretrained, Stage, average, begin, data_digest, optimiser_for, run_stage, stage_name
+from .weights import adapt, channels_of, check_limits, read_weights
 
 # %% ../nbs/33_transfer.ipynb #c90246ea
 ARMS = ("scratch", "scratch-total", "direct-choice", "direct-first", "direct-last", "sequential", "direct-last-hop", "joint", "averaged", "direct-oracle")
@@ -55,6 +56,7 @@ class Recipe:
     def __post_init__(self):
         for option, known in (("network", NETWORKS), ("optimiser", OPTIMISERS), ("augmentation", AUGMENTATIONS), ("head", ("keep", "reset"))):
             if getattr(self, option) not in known: raise InputError(f"There is no {option} {getattr(self, option)!r}: there are {', '.join(known)}.")
+        if not all(isinstance(h, dict) for h in self.hops): raise InputError(f"The hops are dicts of options, one for each source, not {self.hops!r}: write e.g. hops=({{'lr': 0.001}},).")
         usual = RATES[self.optimiser].get(self.network, _OTHERS[self.optimiser])
         for name, rate in zip(("source_lr", "target_lr"), usual):
             if getattr(self, name) is None: object.__setattr__(self, name, rate)
@@ -82,7 +84,7 @@ def arm_sources(arm: str,  # one of `ARMS`
 # %% ../nbs/33_transfer.ipynb #e7f4dc19
 def _stage(task, steps, lr, recipe, seed, other) -> Stage:
     "A stage by the recipe and what it does differently; raises `InputError` for an option that does not exist."
-    other = {k: tuple(v) if k == "frozen" else v for k, v in (other or {}).items() if k != "share"}
+    other = {k: ((v,) if isinstance(v, str) else tuple(v)) if k == "frozen" else v for k, v in (other or {}).items() if k != "share"}
     unknown = sorted(other.keys() - ({f.name for f in fields(Stage)} - {"task", "steps", "seed"}))
     if unknown: raise InputError(f"A hop has no option {unknown[0]!r}: it has share, lr, optimiser, augmentation, frozen, head and validation.")
     return Stage(task, steps, **{"lr": lr, "seed": seed, "optimiser": recipe.optimiser, "augmentation": recipe.augmentation, "head": recipe.head, **other})
@@ -92,6 +94,7 @@ def shared_out(steps: int,  # in sum
                shares: list,  # of each hop, any positive numbers
               ) -> list:  # steps of each hop
     "Shares steps out over hops; what is left goes to the first."
+    if not all(0 < s < np.inf for s in shares): raise InputError(f"The shares of the hops are {', '.join(map(str, shares))}, and each must be above 0: take 1 for an even share.")
     out = [int(steps * s / sum(shares)) for s in shares]
     return [n + (i < steps - sum(out)) for i, n in enumerate(out)]
 
@@ -109,6 +112,9 @@ def arm_stages(arm: str,  # one of `ARMS` but `direct-oracle`
               ) -> tuple:  # (chains on sources: each a tuple of `Stage`, last stage)
     "What an arm trains; the target's stage is the same in all transfer arms. Raises `InputError` for a stage without steps."
     tasks, n = [split.sources[s] for s in sources], len(sources)
+    if arm == "sequential" and len(recipe.hops) > n: raise InputError(f"The recipe has {len(recipe.hops)} hops, and the path to {split.train.name} has {n} sources: say one for each, or fewer.")
+    if len(set(sources)) < n: raise InputError(f"The path {' -> '.join(sources)} takes a source twice, which teaches nothing new: name each once.")
+    if split.train.name in sources: raise InputError(f"The target {split.train.name} cannot be a source of its own: leave it out of the path.")
     hops = [*recipe.hops, *[{}] * n][:n]
     steps = shared_out(recipe.source_steps, [h.get("share", 1) for h in hops]) if n else []
     last = recipe.target_steps + (recipe.source_steps if arm == "scratch-total" else 0)
@@ -185,10 +191,15 @@ def run_arm(arm: str,  # one of `ARMS`
     return _tested(arm, sources, done, split, plan, out)
 
 
+def _test_name(done, split) -> str:
+    "All that decides the scores of an arm."
+    return digest(done[-1][1].name, data_digest(split.test), code_digest("core", "tasks", "networks", "evaluation"))
+
+
 def _tested(arm, sources, done, split, plan, out) -> dict:
     "Tests an arm, unless that was done, and writes down what it left."
     model, file = done[-1][1].model, Path(out) / "arms" / f"{arm}-seed{split.seed}.json"
-    name = digest(done[-1][1].name, data_digest(split.test))
+    name = _test_name(done, split)
     slices = Path(out) / "overlays" / f"{arm}-seed{split.seed}.npz"
     if file.exists() and slices.exists() and (kept := read_json(file))["name"] == name: return kept
     net = load_network(model, plan)
@@ -209,7 +220,7 @@ def _oracle(split, plan, recipe, out) -> dict:
     for s in progress(split.sources.names, "every source, for direct-oracle"):
         done = train_arm(*arm_stages("direct-first", (s,), split, recipe), plan, Path(out) / "stages", recipe.pretrained)
         file = Path(out) / "arms" / "oracle" / f"{s}-seed{split.seed}.json"
-        name = digest(done[-1][1].name, data_digest(split.test))
+        name = _test_name(done, split)
         if not file.exists() or read_json(file)["name"] != name:
             write_json(file, {"name": name, "dice": float(evaluate(load_network(done[-1][1].model, plan), split.test, plan).dice.mean())})
         found[s] = read_json(file)["dice"], done
@@ -317,6 +328,26 @@ def check_cases(task: Task,  # the test cases
     for case in progress(task.cases, "checking the test cases"): read_case(case)
 
 # %% ../nbs/33_transfer.ipynb #64be04dc
+def check_recipe(recipe: Recipe,  # of all arms
+                 split: Protocol,  # whose few-shot cases and sources are trained on
+                 todo: dict,  # {arm: its sources, as `arm_sources` gives them}
+                ) -> tuple:  # (plan, sentences on what will not be kept of the weights to start from)
+    "Tries what every stage begins with, before anything is trained; raises `InputError` for a recipe that a stage could not follow."
+    held = (recipe.fine_tuning or {}).get("validation", 0)
+    if not 0 <= held < split.shots: raise InputError(f"Of {split.shots} labelled patients {held} cannot be held out for validation: hold out fewer, or ask for more shots.")
+    plan, tried, said = recipe_plan(split, recipe), {}, []
+    for arm, sources in todo.items():
+        oracle = arm == "direct-oracle"
+        chains, last = arm_stages("direct-first" if oracle else arm, split.sources.names[:1] if oracle else sources, split, recipe)
+        for stage in (*[s for c in chains for s in c], last): tried[stage.frozen, stage.head] = stage
+    for stage in tried.values(): optimiser_for(begin(stage, plan)[0], stage)
+    if recipe.start:
+        weights, net = read_weights(recipe.start), begin(last, plan)[0]
+        said = check_limits(recipe.start_modalities, (last.task.modality,), *channels_of(weights, net))
+        adapt(weights, net, recipe.start_modalities, (last.task.modality,))
+    return plan, said
+
+
 def chosen_path(pool: TaskPool,  # sources and target
                 split: Protocol,  # of the seed
                 test: int | None,  # test patients; all others when None
@@ -331,9 +362,7 @@ def _of_seed(pool, target, path, choice, arms, shots, seed, test, recipe, source
     "The split of a seed and the sources of its arms; says now what would fail later."
     split = protocol(pool, target, shots, seed, test)
     names, nearest = (tuple(getattr(path, "sources", path)), getattr(choice, "sources", (choice,))[0]) if path is not None else chosen_path(pool, split, test, sources)
-    todo = {arm: arm_sources(arm, names, nearest) for arm in arms}
-    for arm, s in todo.items(): arm_stages("direct-first" if arm == "direct-oracle" else arm, s or names[:1] * (arm == "direct-oracle"), split, recipe)
-    return split, todo
+    return split, {arm: arm_sources(arm, names, nearest) for arm in arms}
 
 # %% ../nbs/33_transfer.ipynb #bd5e58a6
 def compare(pool: TaskPool,  # sources and target
@@ -350,13 +379,19 @@ def compare(pool: TaskPool,  # sources and target
            ) -> Comparison:  # per-case scores, curves, summary
     """Trains and tests the arms under one protocol (`tasks.protocol`); raises `InputError` for unusable input.
     A path that is given must come from an affinity with the same target, shots, seed and test, or from knowledge of no test patient."""
+    if isinstance(arms, str) or not arms: raise InputError(f"The arms are a tuple of names, not {arms!r}: name some of {', '.join(ARMS)}.")
+    if not seeds or not all(isinstance(s, int) for s in seeds): raise InputError(f"The seeds are whole numbers, at least one, not {seeds!r}: give e.g. seeds=(0, 1, 2).")
+    if isinstance(path, str): path = (path,)
     names, first = (list(getattr(x, "sources", x)) if x is not None else None for x in (path, (choice,) if isinstance(choice, str) else choice))
     plans = {}
     for seed in seeds:
         split, todo = _of_seed(pool, target, path, choice, arms, shots, seed, test, recipe, sources)
-        plans[seed] = split, todo, recipe_plan(split, recipe)
+        plan, said = check_recipe(recipe, split, todo)
+        plans[seed] = split, todo, plan
         check_cases(split.test)
-    open_run(out, {"target": target, "shots": shots, "test": test, "recipe": asdict(recipe), "sources": names or sources, "choice": first and first[0], "state of the data": data_digest(pool[target])})
+    open_run(out, {"target": target, "shots": shots, "test": test, "recipe": asdict(recipe), "sources": names or sources, "choice": first and first[0], "state of the data": data_digest(pool[target]),
+                   "start": recipe.start and recipe.pretrained.name})
+    for sentence in said: print(sentence)
     for split, _, _ in plans.values(): write_protocol(out, split)
     jobs = [(arm, s, split, plan) for split, todo, plan in plans.values() for arm, s in todo.items()]
     for arm, s, split, plan in progress(jobs, "arms"): run_arm(arm, s, split, plan, recipe, out)

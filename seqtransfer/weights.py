@@ -8,6 +8,7 @@ __all__ = ['read_weights', 'check_limits', 'channels_of', 'adapt', 'what_was_loa
 # %% ../nbs/30_weights.ipynb #8481e250
 import pickle
 import re
+import warnings
 import tarfile
 import zipfile
 from pathlib import Path
@@ -32,7 +33,9 @@ def _load(path: Path):
     "What a file holds, by its ending."
     if path.suffix == ".safetensors": return load_file(path)
     if kind := _archive(path): raise pickle.UnpicklingError(f"it is {kind}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of the file is said once, in the error
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../nbs/30_weights.ipynb #951969e6
 _NESTED = "state_dict", "network_weights", "model_state_dict", "model", "net"  # as Lightning, nnU-Net and others call them

@@ -155,7 +155,7 @@ def test_background_is_tissue_unless_air_is_asked_for(monkeypatch, split):
     volume.image[:, :, 20:26] = 0; volume.image[4:9, 5:11, 3] = 0  # a hole, and a part of the object that is dark
     volume.image[0, :, :] = volume.image[:, 0, :] = 0
     net, inside = build_network(PLAN, 0).to(device()), module.prepare_task(made(monkeypatch, split, volume), PLAN)[0]
-    dark = (inside["image"] == 0).numpy(); y = (inside["mask"] > 0).numpy()
+    dark = (inside["image"] == 0).cpu().numpy(); y = (inside["mask"] > 0).cpu().numpy()
     assert (dark & y).any() and (dark & ~y).any()
     tissue, air = (features(net, made(monkeypatch, split, volume), PLAN, voxels=10**6, air=a) for a in (False, True))
     assert len(air.labels) == y.size and len(tissue.labels) == y.size - (dark & ~y).sum() and tissue.labels.sum() == air.labels.sum() == y.sum()
