@@ -77,7 +77,7 @@ def _stem(path: Path) -> str:
 
 
 def _check_image(path: Path, about: dict):
-    why = "is a folder: name the image files in it" if path.is_dir() else unread_format(path) or ("" if path.exists() else "does not exist: check the path")
+    why = "is a folder: name the image files in it" if path.is_dir() else unread_format(path) or ("" if path.exists() else "is missing: check the path")
     if why: raise InputError(f"{path} {why}")
     try: shape = nib.load(path).shape
     except Exception: shape = ()  # what is wrong is said below

@@ -260,7 +260,7 @@ def test_leep_of_the_drawn_arrays(models, split, plan):
 
 
 def test_networks_paths_and_bare_models_give_the_same(models, split, plan, tmp_path):
-    files = {s: save_network(m.net, tmp_path / f"{s}.safetensors") for s, m in models.items()}
+    files = {s: save_network(m.net, tmp_path / f"{s}.safetensors", plan) for s, m in models.items()}
     a, b, c = (score_pool("h_score", m, split.train, plan, 2, 60).draws for m in (models, files, {s: m.net for s, m in models.items()}))
     assert np.allclose(a, b, rtol=1e-6) and np.allclose(a, c, rtol=1e-6)
     assert set(load_file(files[SOURCES[0]])) == set(models[SOURCES[0]].net.state_dict())

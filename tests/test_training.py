@@ -13,10 +13,11 @@ import torch
 from test_affinity import write_dataset
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from seqtransfer.core import read_json
 from seqtransfer.datasets import read_pool
 from seqtransfer.evaluation import evaluate
-from seqtransfer.networks import NETWORKS, Plan, build_network, device, load_network, plan_for
-from seqtransfer.tasks import read_task
+from seqtransfer.networks import NETWORKS, Plan, build_network, device, load_network, plan_for, prepare, read_about
+from seqtransfer.tasks import read_case, read_task
 from seqtransfer.training import Pretrained, Stage, patch_transform, prepare_task, run_stage
 from seqtransfer.transfer import Recipe, compare
 
@@ -72,7 +73,7 @@ import sys
 from pathlib import Path
 from seqtransfer.datasets import read_pool
 from seqtransfer.networks import plan_for
-from seqtransfer.tasks import read_task
+from seqtransfer.tasks import read_case, read_task
 from seqtransfer.training import Stage, run_stage
 task = read_pool(sys.argv[1])["LesionA-FLAIR-WMH"]
 plan = plan_for(read_task(task), network=sys.argv[3], largest=32)
@@ -143,3 +144,18 @@ def test_training_can_begin_with_a_model_from_elsewhere(zoo, tmp_path, capsys):
     assert "100 % of" in capsys.readouterr().out and started.curve.loss.iloc[0] < 0.8 * fresh.curve.loss.iloc[0]
     out = compare(pool, "LesionC-FLAIR-WMH", (TASK,), None, ("scratch", "sequential"), shots=2, recipe=Recipe(20, 6, start=str(first.model)), out=tmp_path / "run")
     assert len(out.arms) == 2 and "model.safetensors: 100 %" in capsys.readouterr().out
+
+
+def test_the_plan_of_the_target_is_forced_on_every_hop(zoo, tmp_path):
+    "A source of another spacing is brought to the target's, and every stage's file says the same plan."
+    pool, target = read_pool(zoo), TASK
+    spacing = {t.name: read_case(t.cases[0]).spacing for t in pool}
+    other = next(n for n, s in spacing.items() if not np.allclose(s, spacing[target], rtol=0.05) and not n.startswith("LesionA"))
+    compare(pool, target, (other, "LesionC-FLAIR-WMH"), None, ("sequential",), shots=2, recipe=Recipe(4, 2), out=tmp_path)
+    plans = [read_json(f)["plan"] for f in tmp_path.glob("stages/*/stage.json")]
+    assert len(plans) == 3 and plans[0] == plans[1] == plans[2]
+    image, _ = prepare(read_case(pool[other].cases[0]), load_plan(tmp_path))
+    assert np.allclose(image.pixdim, spacing[target], rtol=0.02) and not np.allclose(spacing[other], spacing[target], rtol=0.05)
+
+
+def load_plan(out): return read_about(next(out.glob("stages/*/model.safetensors")))[0]
