@@ -10,7 +10,7 @@ TEMPLATES := affinity transfer_path report
 
 help:
 	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
-	@echo "make test       the notebooks' own tests, pytest, and the three gates (about 15 minutes)"
+	@echo "make test       the notebooks' own tests, pytest, and the three gates (about 20 minutes)"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make export     package and templates from the notebooks; make readme: README.md from nbs/index.ipynb"
 	@echo "make notebooks  execute every notebook in place, clean, export, readme"
