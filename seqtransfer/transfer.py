@@ -111,10 +111,10 @@ def arm_stages(arm: str,  # one of `ARMS` but `direct-oracle`
                recipe: Recipe,  # steps, rates, options
               ) -> tuple:  # (chains on sources: each a tuple of `Stage`, last stage)
     "What an arm trains; the target's stage is the same in all transfer arms. Raises `InputError` for a stage without steps."
+    if split.train.name in sources: raise InputError(f"The target {split.train.name} cannot be a source of its own: leave it out of the path.")
     tasks, n = [split.sources[s] for s in sources], len(sources)
     if arm == "sequential" and len(recipe.hops) > n: raise InputError(f"The recipe has {len(recipe.hops)} hops, and the path to {split.train.name} has {n} sources: say one for each, or fewer.")
     if len(set(sources)) < n: raise InputError(f"The path {' -> '.join(sources)} takes a source twice, which teaches nothing new: name each once.")
-    if split.train.name in sources: raise InputError(f"The target {split.train.name} cannot be a source of its own: leave it out of the path.")
     hops = [*recipe.hops, *[{}] * n][:n]
     steps = shared_out(recipe.source_steps, [h.get("share", 1) for h in hops]) if n else []
     last = recipe.target_steps + (recipe.source_steps if arm == "scratch-total" else 0)
@@ -381,6 +381,7 @@ def compare(pool: TaskPool,  # sources and target
     A path that is given must come from an affinity with the same target, shots, seed and test, or from knowledge of no test patient."""
     if isinstance(arms, str) or not arms: raise InputError(f"The arms are a tuple of names, not {arms!r}: name some of {', '.join(ARMS)}.")
     if not seeds or not all(isinstance(s, int) for s in seeds): raise InputError(f"The seeds are whole numbers, at least one, not {seeds!r}: give e.g. seeds=(0, 1, 2).")
+    if path is None and choice is not None: raise InputError("A first choice was given without a path, which the affinity then chooses with a first choice of its own: give both, or neither.")
     if isinstance(path, str): path = (path,)
     names, first = (list(getattr(x, "sources", x)) if x is not None else None for x in (path, (choice,) if isinstance(choice, str) else choice))
     plans = {}
