@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb) nbs/benchmarks.ipynb nbs/index.ipynb
-TEMPLATES := affinity transfer_path report
+TEMPLATES := affinity stage transfer_path report grid
 
 .PHONY: help install demo test notebooks export readme record transfer compare bench lab clean
 

@@ -10,7 +10,7 @@ from .affinity import Affinity, affinity
 from .core import InputError
 from .datasets import read_pool, task_table, validate
 from .deploy import export_bundle, write_predictions
-from .engine import report, run
+from .runs import report, run
 from .paths import TransferPath, best_paths, explain, path_table, recommend, side_by_side
 from .tasks import Task, TaskPool, protocol
 from .transfer import ARMS, Comparison, Recipe, compare, read_results, readable

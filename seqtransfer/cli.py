@@ -245,7 +245,7 @@ def _print_files(out: Path):
 
 def _print_models(out: Path, results):
     "Where the models are, and what can be done next."
-    from seqtransfer.engine import best_arm
+    from seqtransfer.runs import best_arm
     print("models:")
     several = results.arms.seed.nunique() > 1
     for r in results.arms.itertuples(): print(f"  {r.arm:15} {f'seed {r.seed}  ' * several}{r.model}")
@@ -289,11 +289,11 @@ def run(
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ):
     "Choose a path, train it, and compare it with direct transfer and training from scratch."
-    from seqtransfer import engine
+    from seqtransfer import runs
     recipe = _recipe(validation, freeze, start, start_modalities, source_steps=steps, target_steps=target_steps, source_lr=lr, target_lr=target_lr,
                      network=network, memory=memory, compiled=compiled, optimiser=optimiser, augmentation=augmentation, head=head)
     with _Shown() as show:
-        result = engine.run(data, target, out, tuple(filter(None, arms.replace(" ", "").split(","))), sources, shots, test, seed, mode, recipe, _wanted(sites, modalities, labels, cases), show)
+        result = runs.run(data, target, out, tuple(filter(None, arms.replace(" ", "").split(","))), sources, shots, test, seed, mode, recipe, _wanted(sites, modalities, labels, cases), show)
     _finish(out, as_json)
     for arm, why in result.failures.items(): err_console.print(f"failed: {arm}: {why}", markup=False, highlight=False)
     if result.failures: raise typer.Exit(1)
@@ -353,8 +353,8 @@ def report(
     as_json: Json = False,
 ):
     "Write tables, figures and HTML again from what a run left."
-    from seqtransfer import engine
-    engine.report(out, not no_images, anonymise)
+    from seqtransfer import runs
+    runs.report(out, not no_images, anonymise)
     if anonymise and not as_json: return _print_anonymous(out)
     _finish(out, as_json)
     if anonymise: err_console.print(f"the folder {out / 'anonymous'} can be published whole", markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'ARM_COLOURS', 'DASHES', 'STYLE', 'OUTLINES', 'styled', 'affinity_heatmap', 'source_graph',
-           'path_costs', 'learning_curves', 'dice_by_case', 'pairs', 'pairs_panel', 'overlay', 'overlay_panel']
+           'path_costs', 'learning_curves', 'dice_by_case', 'pairs', 'pairs_panel', 'path_means', 'dice_by_arm',
+           'cost_against_dice', 'overlay', 'overlay_panel']
 
 # %% ../nbs/50_plots.ipynb #a6859fa8
 from functools import wraps
@@ -288,6 +289,52 @@ def pairs_panel(cases: pd.DataFrame,  # columns arm, patient, dice, and seed whe
         pairs(cases, a, b, ax)
         if ax.get_legend() and i != across - 1: ax.get_legend().remove()  # one says it for all
     return axes[:len(of)]
+
+# %% ../nbs/50_plots.ipynb #6280290b
+def path_means(table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case, as `grid.results_table` returns it
+              ) -> pd.DataFrame:  # seed, arm, path, sources, cost, dice: a row per run
+    "The mean Dice of every run."
+    keys = ["seed", "arm", "path", "sources", "cost"]
+    return table.groupby(keys, sort=False, dropna=False, as_index=False)["dice"].mean()
+
+
+@styled
+def dice_by_arm(table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case of one target
+                ax: Axes | None = None,  # where to draw; a new figure if None
+               ) -> Axes:  # arms along x in order of appearance
+    "Mean Dice of each path under each seed, and of each arm over them."
+    means = path_means(table)
+    arms, seeds = list(dict.fromkeys(means.arm)), sorted(means.seed.unique())
+    ax, colour = _axes(ax, 1.6 + 1.1 * len(arms), 3), _coloured(arms, ARM_COLOURS)
+    for x, arm in enumerate(arms):
+        for k, (seed, marker) in enumerate(zip(seeds, MARKERS * len(seeds))):
+            dice = means[(means.arm == arm) & (means.seed == seed)].dice.to_numpy()
+            ax.scatter(x - 0.12 + 0.24 * (np.arange(len(dice)) + 0.5) / max(len(dice), 1), dice, marker=marker, s=18, alpha=0.7, color=colour[arm], edgecolors="none", zorder=2)
+        mean = means[means.arm == arm].dice.mean()
+        ax.plot(x + 0.28, mean, "D", color="black", ms=4.5, zorder=3)
+        ax.annotate(f"{mean:.2f}", (x + 0.28, mean), (7, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set_xticks(range(len(arms)), arms, rotation=20 * (len(arms) > 4), ha="right" if len(arms) > 4 else "center")
+    ax.set(xlabel="arm", ylabel="mean Dice of a path", xlim=(-0.4, len(arms) - 0.3), ylim=(-0.02, 1.02))
+    _seed_legend(ax, seeds)
+    return ax
+
+# %% ../nbs/50_plots.ipynb #da2a4799
+@styled
+def cost_against_dice(table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case of one target
+                      sources: int,  # number along the paths that are drawn
+                      ax: Axes | None = None,  # where to draw; a new figure if None
+                     ) -> Axes:  # one point per path and seed; the rank correlation in the title
+    "What the affinity said of the paths before against the mean Dice they gave."
+    means = path_means(table[(table.sources == sources) & table.cost.notna()]).drop_duplicates(["seed", "path"])
+    ax, seeds = _axes(ax, 4.2, 3), sorted(means.seed.unique())
+    for seed, marker in zip(seeds, MARKERS * len(seeds)):
+        one = means[means.seed == seed]
+        ax.scatter(one.cost, one.dice, marker=marker, s=18, alpha=0.7, color=PALETTE[0], edgecolors="none")
+    rho = [one.cost.corr(one.dice, method="spearman") for _, one in means.groupby("seed") if len(one) > 2]
+    ax.set(xlabel=f"cost of the path by the affinity ({sources} source{'s' * (sources > 1)})", ylabel="mean Dice of the path",
+           title=f"Spearman {np.nanmean(rho):+.2f} within a seed" if len(rho) and np.isfinite(rho).any() else "too few paths for a rank correlation")
+    _seed_legend(ax, seeds)
+    return ax
 
 # %% ../nbs/50_plots.ipynb #9d5bf5d0
 def _slice(volume, prediction):

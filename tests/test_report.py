@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from seqtransfer import cli
 from seqtransfer.datasets import read_pool
-from seqtransfer.engine import PUBLIC, best_arm, report
+from seqtransfer.runs import PUBLIC, best_arm, report
 from seqtransfer.networks import load_network, parts
 from seqtransfer.transfer import ARMS, Recipe, compare, read_results
 

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from conftest import COMMAND, ROOT, seqtransfer
 
-from seqtransfer.engine import best_arm, read_result
+from seqtransfer.notebooks import read_result
+from seqtransfer.runs import best_arm
 from seqtransfer.tasks import protocol
 from seqtransfer.datasets import read_pool
 from seqtransfer.transfer import read_results
