@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'Grid', 'read_grid', 'Question', 'ask', 'ArmRun', 'arm_runs', 'GridPlan', 'jobs_of', 'measure',
-           'trained_before', 'with_times', 'duration', 'Opened', 'open_grid', 'plan_grid', 'results_table', 'collect',
-           'report_grid']
+           'trained_before', 'with_times', 'duration', 'Opened', 'open_grid', 'plan_grid', 'plan_summary', 'plan_table',
+           'results_table', 'collect', 'report_grid']
 
 # %% ../nbs/43_grid.ipynb #2bd33e09
 import re
@@ -189,7 +189,7 @@ class GridPlan:
         "The different stages."
         return sum(len(j.stages) for j in self.jobs)
 
-# %% ../nbs/43_grid.ipynb #f55606f5
+# %% ../nbs/43_grid.ipynb #1fc0430b
 def _inputs(grid, q: Question, names) -> list:
     "The state of the files that a notebook reads, and of the weights it starts from: another state of other files is no reason to do it again."
     tasks = [q.split.train, q.split.test, *(q.split.sources[n] for n in names)]
@@ -217,7 +217,7 @@ def _run_job(run: ArmRun, settings, owners, q, grid) -> Job:
     "An arm's notebook, which owns the stages that no other notebook does."
     own = [(n, s) for n, _, s, _ in run.stages if n not in owners]
     stem, here = arm_stem(run.label, run.seed), f"targets/{run.target}"
-    about = {"target": run.target, "seed": run.seed, "arm": run.arm, "label": run.label, "path": arm_path(run.arm, run.sources, run.target), "cost": run.cost}
+    about = {"target": run.target, "seed": run.seed, "arm": run.arm, "label": run.label, "path": arm_path(run.arm, run.sources, run.target), "cost": run.cost, "steps": sum(s for _, _, s, _ in run.stages)}
     return Job(run.id, "transfer_path", f"{here}/notebooks/{stem}.ipynb", tuple(dict.fromkeys(owners[n] for n, *_ in run.stages if n in owners)),
                {**settings, "arm": run.arm, "sources": list(run.sources), "label": run.label}, (f"{here}/arms/{stem}.json", f"{here}/overlays/{stem}.npz", f"{here}/protocol-seed{run.seed}.json"),
                _inputs(grid, q, run.sources or (q.split.sources.names if run.arm == "direct-oracle" else ())), tuple(n for n, _ in own), sum(s for _, s in own), run.cases, about)
@@ -336,7 +336,25 @@ def plan_grid(opened: Opened,  # of `open_grid`
         write_json(out / "plan.json", asdict(plan))
     return plan
 
-# %% ../nbs/43_grid.ipynb #37e74a7b
+# %% ../nbs/43_grid.ipynb #97c42e67
+def plan_summary(plan: GridPlan,  # with times
+                 workers: int,  # that work beside each other
+                ) -> dict:  # numbers by name; hours are estimates
+    "A plan in a few numbers."
+    small, training = [j for j in plan.jobs if j.keep], [j for j in plan.jobs if j.template != "affinity"]
+    return {"runs": sum(j.template == "transfer_path" for j in plan.jobs), "notebooks": len(plan.jobs), "stages named": plan.named, "stages": plan.stages, "optimiser steps named": plan.named_steps, "optimiser steps": plan.steps,
+            "hours of work": sum(j.seconds for j in plan.jobs) / 3600, "workers": workers, "hours": duration(plan.jobs, workers) / 3600, "notebooks that share a kernel": len(small), "notebooks with their own": len(plan.jobs) - len(small),
+            "planned for": plan.where, "test cases": sum(j.cases for j in training)}
+
+
+def plan_table(plan: GridPlan,  # of a grid
+              ) -> pd.DataFrame:  # target, arm, paths, runs, steps, nearest (the path of least cost): a row for each target and arm
+    "The runs of a plan, arm by arm."
+    runs = pd.DataFrame([{**j.about, "in sum": j.about["steps"]} for j in plan.jobs if j.about])
+    def row(of): return pd.Series({"paths": of.path.nunique(), "runs": len(of), "steps of each": of["in sum"].iloc[0], "nearest": of.path[of.cost.astype(float).idxmin()] if of.cost.notna().any() else of.path.iloc[0]})
+    return runs.groupby(["target", "arm"], sort=False)[["path", "cost", "in sum"]].apply(row).reset_index()
+
+# %% ../nbs/43_grid.ipynb #81f75b02
 def results_table(out,  # the grid's folder
                  ) -> pd.DataFrame:  # target, seed, arm, path, sources (number), cost, steps, patient, dice, hd95 (mm), surface_dice: a row per run and test case
     "What the runs that are done found; raises `InputError` when there is none."
@@ -362,7 +380,7 @@ def collect(out,  # the grid's folder
         with replacing(out / f"{name}.csv") as part: frame.to_csv(part, index=False)
     return table
 
-# %% ../nbs/43_grid.ipynb #1df14181
+# %% ../nbs/43_grid.ipynb #50c6bb8b
 def report_grid(out,  # the grid's folder
                ) -> Path:  # `report.html`
     "Collects the table and writes the report; raises `InputError` when no run is done."

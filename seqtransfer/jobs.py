@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from .core import InputError, RunError, read_json, write_json
 from .notebooks import KernelDied, execute, fingerprint, is_done
 
-# %% ../nbs/42_jobs.ipynb #5e74ca15
+# %% ../nbs/42_jobs.ipynb #105cff72
 @dataclass(frozen=True)
 class Job:
     "One notebook of a grid."
@@ -33,7 +33,7 @@ class Job:
     stages: tuple = ()  # names of the stages it owns
     steps: int = 0  # optimiser steps it owns
     cases: int = 0  # test cases it predicts
-    about: dict = field(default_factory=dict)  # of a run: target, seed, arm, label, path, cost
+    about: dict = field(default_factory=dict)  # of a run: target, seed, arm, label, path, cost, steps
     seconds: float | None = None  # estimated
     keep: bool = False  # small enough to share its worker's kernel
 
