@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
-PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb) nbs/benchmarks.ipynb nbs/index.ipynb
+PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb) nbs/benchmarks.ipynb nbs/index.ipynb
 TEMPLATES := affinity stage transfer_path report grid
 
-.PHONY: help install demo test notebooks export readme record transfer compare bench lab clean
+.PHONY: help install demo test notebooks export readme record transfer compare grid bench lab clean
 
 help:
 	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
@@ -17,7 +17,8 @@ help:
 	@echo "make record     run demo and test in a fresh clone and keep what they printed for the README"
 	@echo "make transfer   does transfer between phantom tasks look like transfer? trains 16 sources for 4 targets (about 15 minutes)"
 	@echo "make compare    all arms of the protocol on a phantom target with three seeds (under 10 minutes)"
-	@echo "make bench      the affinity against reading the files and the paper's loop; the training loop against its passes alone (about 20 minutes; 0.7 GB of phantom volumes stay in the cache)"
+	@echo "make grid       every sequence of two of six phantom sources, for two targets and three seeds (under 15 minutes)"
+	@echo "make bench      the affinity against reading the files and the paper's loop; the training loop against its passes alone; the engine against the function it calls (about 25 minutes; 0.7 GB of phantom volumes stay in the cache)"
 	@echo "make clean      remove what demo left; the environment stays"
 
 install: $(READY)
@@ -67,8 +68,11 @@ transfer: $(READY)
 compare: $(READY)
 	$(BIN)/python nbs/records/compare.py demo/compare
 
+grid: $(READY)
+	$(BIN)/python nbs/records/grid.py demo/grid
+
 bench: $(READY)
-	SEQTRANSFER_BENCH_RECORD=$(RECORD) $(BIN)/python -m pytest tests/bench_affinity.py tests/bench_training.py -q -s
+	SEQTRANSFER_BENCH_RECORD=$(RECORD) $(BIN)/python -m pytest tests/bench_affinity.py tests/bench_training.py tests/bench_grid.py -q -s
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

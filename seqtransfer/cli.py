@@ -378,7 +378,7 @@ def _cluster(out, workers, threads, scheduler_file, slurm) -> tuple:
 
 @app.command()
 def grid(
-    file: Annotated[Path, typer.Argument(help="The grid as YAML: data, targets, paths, sources, among, arms, seeds, shots, test, recipe, wanted; the page on grids explains each.")],
+    file: Annotated[Path, typer.Argument(help="The grid as YAML. At least two lines, data: FOLDER and targets: (NAME, NAME) in square brackets; also paths (chosen, all, or lists of names), sources, among, arms, seeds, shots, test, recipe (options of training) and wanted (what to read). The page on grids explains each.")],
     out: GridOut,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; nothing is written.")] = False,
     workers: Annotated[Optional[int], typer.Option(help="Workers on this machine, each doing one notebook at a time; when not given, one for each GPU, or for each --threads cores.")] = None,
@@ -392,7 +392,7 @@ def grid(
     from seqtransfer import engine
     from seqtransfer.grid import open_grid, plan_grid, read_grid
     cluster, where, n = _cluster(out, workers, threads, scheduler_file, slurm)
-    opened = open_grid(read_grid(file))
+    opened = open_grid(read_grid(file), threads)
     for sentence in opened.said: err_console.print(sentence, markup=False, highlight=False)
     _show_plan(plan_grid(opened, out, where, threads, keep=False), n, as_json)
     if dry_run: return

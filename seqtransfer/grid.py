@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'Grid', 'read_grid', 'Question', 'ask', 'ArmRun', 'arm_runs'
            'trained_before', 'with_times', 'duration', 'Opened', 'open_grid', 'plan_grid', 'plan_summary', 'plan_table',
            'results_table', 'collect', 'report_grid']
 
-# %% ../nbs/43_grid.ipynb #2bd33e09
+# %% ../nbs/43_grid.ipynb #6375e808
 import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 
 from .affinity import affinity
@@ -252,11 +253,19 @@ def jobs_of(grid: Grid,  # what is wanted
     jobs += [_run_job(r, *about(r)) for r in runs]
     return GridPlan(tuple(jobs), where, sum(map(len, users.values())), sum(s for r in runs for _, _, s, _ in r.stages))
 
-# %% ../nbs/43_grid.ipynb #8d96b9b7
+# %% ../nbs/43_grid.ipynb #5fd92785
 def measure(q: Question,  # a target and seed
             recipe: Recipe,  # augmentation, optimiser
+            threads: int = 1,  # of torch on a CPU
            ) -> tuple:  # (seconds of an optimiser step, seconds of a test case)
     "Times a few steps and one test case on this machine; nothing is kept."
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: return _measured(q, recipe)
+    finally: torch.set_num_threads(before)
+
+
+def _measured(q, recipe) -> tuple:
     data, net = prepare_task(q.split.train, q.plan), build_network(q.plan, 0)
     few = lambda n: train(net, data, Stage(q.split.train, n, recipe.source_lr, 0, recipe.optimiser, recipe.augmentation), replace(q.plan, compiled=False))
     few(2)
@@ -298,7 +307,7 @@ def duration(jobs,  # of `Job`, with times
     for j in jobs: chain[j.id] = j.seconds + max((chain.get(a, 0) for a in j.after), default=0)
     return max(sum(j.seconds for j in jobs) / workers, max(chain.values(), default=0))
 
-# %% ../nbs/43_grid.ipynb #ccfc10db
+# %% ../nbs/43_grid.ipynb #a380968d
 @dataclass(frozen=True)
 class Opened:
     "A grid with all that is known before a plan."
@@ -309,6 +318,7 @@ class Opened:
 
 
 def open_grid(grid: Grid,  # what is wanted
+              threads: int = 1,  # of torch in each notebook, for the times
              ) -> Opened:  # to be planned
     "Reads the data, opens every target and seed, takes times; writes nothing. Raises `InputError` for a grid that cannot be run."
     _known(grid.arms, ARMS, "an arm called", "The grid")
@@ -316,7 +326,7 @@ def open_grid(grid: Grid,  # what is wanted
     questions = tuple(ask(pool, grid, t, s) for t, s in progress([(t, s) for t in grid.targets for s in grid.seeds], "targets and seeds"))
     for task in {q.split.test for q in questions}: check_cases(task)
     first = {q.split.test.name: q for q in reversed(questions)}
-    times = {target: measure(q, grid.recipe) for target, q in progress(first.items(), "timing a step")}
+    times = {target: measure(q, grid.recipe, threads) for target, q in progress(first.items(), "timing a step")}
     return Opened(grid, questions, times, tuple(dict.fromkeys(s for q in questions for s in q.said)))
 
 
