@@ -52,7 +52,7 @@ def local_workers(gpus: list,  # that may be used, as `gpus` names them
     if gpus: return [({**one, "CUDA_VISIBLE_DEVICES": gpu}, {"GPU": 1}) for gpu in gpus[:wanted]]
     return [(one, {})] * (wanted or max(1, cores // threads))
 
-# %% ../nbs/44_engine.ipynb #ffd5949c
+# %% ../nbs/44_engine.ipynb #3e0f48be
 @contextmanager
 def local_cluster(threads: int = 1,  # of torch in each notebook
                   workers: int | None = None,  # as many as there are GPUs, or cores for their threads, when None
@@ -64,11 +64,15 @@ def local_cluster(threads: int = 1,  # of torch in each notebook
     with SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster, Client(cluster) as client: yield client
 
 
-@contextmanager
 def joined_cluster(scheduler_file,  # that `dask scheduler --scheduler-file` wrote
                   ):
-    "Yields a Dask client of a cluster that runs already; raises `InputError` for a scheduler that does not answer."
+    "A context manager that yields a Dask client of a cluster that runs already; raises `InputError` for a file that is not there, and when it is entered for a scheduler that does not answer."
     if not Path(scheduler_file).exists(): raise InputError(f"There is no file {scheduler_file}: give the one that `dask scheduler --scheduler-file` writes.")
+    return _joined(scheduler_file)
+
+
+@contextmanager
+def _joined(scheduler_file):
     try: client = Client(scheduler_file=str(scheduler_file), timeout=20)
     except (OSError, TimeoutError, ValueError) as e: raise InputError(f"The scheduler of {scheduler_file} does not answer ({e}): start it and its workers, and give the file that it writes.") from e
     with client: yield client
@@ -108,27 +112,31 @@ def read_slurm(file,  # `.yaml`
     clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     return workers, {"job_name": "seqtransfer", **said, "cores": 1, "processes": 1, "walltime": clock, "job_extra_directives": extra, "worker_extra_args": args}
 
-# %% ../nbs/44_engine.ipynb #fa815a98
-@contextmanager
+# %% ../nbs/44_engine.ipynb #977bab92
 def slurm_cluster(file,  # `.yaml`, as `read_slurm` reads it
                   out,  # the grid's folder, where the jobs' logs go
                  ):
-    "Yields a Dask client whose workers are SLURM jobs, replaced when they end; raises `InputError` where there is no `sbatch`."
-    from dask_jobqueue import SLURMCluster
+    "A context manager that yields a Dask client whose workers are SLURM jobs, replaced when they end; raises `InputError` for a file that cannot be understood, or where there is no `sbatch`."
     workers, options = read_slurm(file)
     if not shutil.which("sbatch"): raise InputError("There is no command sbatch here: log in to a node from which SLURM jobs are submitted, or leave out --slurm.")
+    return _slurm(workers, options, out)
+
+
+@contextmanager
+def _slurm(workers, options, out):
+    from dask_jobqueue import SLURMCluster
     logs = {"log_directory": str(writable(Path(out) / "slurm")), "scheduler_options": {"dashboard_address": ":0"}}
     with SLURMCluster(**{**logs, **options}, silence_logs=logging.CRITICAL) as cluster, Client(cluster) as client:
         cluster.adapt(minimum_jobs=workers, maximum_jobs=workers)
         yield client
 
-# %% ../nbs/44_engine.ipynb #307a164e
+# %% ../nbs/44_engine.ipynb #df092699
 @contextmanager
 def alone(out,  # the grid's folder
          ):
     "Holds the grid's lock; raises `InputError` naming who holds it."
     lock, who = grid_lock(writable(out)), Path(out) / "lock.json"
-    try: lock.acquire(timeout=0)
+    try: lock.acquire(timeout=1)  # who only looks whether somebody is at work holds it for a moment
     except Timeout:
         said = read_json(who) if who.exists() else {}
         raise InputError(f"{out} is at work: process {said.get('pid')} on {said.get('host')} has run it since {said.get('since')}. Wait for it, watch it with `seqtransfer status {out}`, or stop it.") from None
@@ -203,7 +211,7 @@ def _keep(out, outcome):
     try: say_state(out, **outcome)
     except InputError: pass  # it is told at the end in any case
 
-# %% ../nbs/44_engine.ipynb #799ca5c0
+# %% ../nbs/44_engine.ipynb #f9ca9c82
 @dataclass(frozen=True)
 class GridRun:
     "What carrying out a grid ended with."
@@ -256,7 +264,7 @@ def _ended(out, plan, ended, show) -> GridRun:
         if executed or not page.exists(): show({"what": "report"}); report_grid(out)
     except (InputError, RunError) as e:
         page = None
-        bad.append({"job": "report", "state": "failed", "cell": getattr(e.__cause__, "cell_index", None), "error": str(e)})
+        bad.append({"job": "report", "state": "failed", "cell": getattr(e.__cause__, "exec_count", None), "error": str(e)})
     notebooks = {j.id: Path(j.notebook).with_suffix(".failed.ipynb") for j in plan.jobs}
     shown = lambda id: str(notebooks[id]) if id in notebooks and (out / notebooks[id]).exists() else None
     failures = pd.DataFrame([{**b, "notebook": shown(b["job"])} for b in bad], columns=["job", "state", "cell", "error", "notebook"])

@@ -37,7 +37,7 @@ class Job:
     seconds: float | None = None  # estimated
     keep: bool = False  # small enough to share its worker's kernel
 
-# %% ../nbs/42_jobs.ipynb #a7e6caec
+# %% ../nbs/42_jobs.ipynb #e969d198
 def _state_file(out, id: str) -> Path: return Path(out) / "jobs" / f"{id.replace('/', '__')}.json"
 
 
@@ -65,17 +65,15 @@ def job_done(out,  # the grid's folder
 
 
 def _failed(error: Exception) -> dict:
-    "What is told of a failure: the cell, and the error in one line."
-    cause = error.__cause__
-    cell = getattr(cause, "cell_index", None)
-    return {"state": "failed", "cell": None if cell is None else int(cell), "error": str(error)}
+    "What is told of a failure: the cell, by the number that stands beside it, and the error in one line."
+    return {"state": "failed", "cell": getattr(error.__cause__, "exec_count", None), "error": str(error)}
 
 
 def do_job(job: dict,  # a `Job` as plain values
            out,  # the grid's folder
            limit: float | None = None,  # seconds it may take
            show=print,  # called with every line that the notebook prints
-          ) -> dict:  # id, state (done or failed), seconds, attempts, fresh (whether it was executed now); of a failure the cell and the error
+          ) -> dict:  # id, state (done or failed), seconds, attempts, fresh (whether it was executed now); of a failure the cell (its number in the notebook, as In [5]) and the error
     "Executes one notebook of a grid, unless that is done; only a folder that cannot be written raises."
     out, start, now = Path(out), time.perf_counter(), lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     about = {"id": job["id"], "host": socket.gethostname(), "pid": os.getpid(), "since": now()}

@@ -59,14 +59,14 @@ def read_result(notebook,  # an executed notebook
     found = [o.data[RESULT] for c in cells for o in c.get("outputs", []) if RESULT in o.get("data", {})]
     return found[-1] if found else None
 
-# %% ../nbs/40_notebooks.ipynb #a502e9fb
+# %% ../nbs/40_notebooks.ipynb #2e212fd7
 def environment() -> dict:  # of versions, the device, the number of threads
     "What a notebook runs on."
     import torch
     from seqtransfer.networks import device
     gpu = {"gpu": torch.cuda.get_device_name()} if device().type == "cuda" else {}
     libraries = {name: version(name) for name in ("torch", "monai", "numpy", "nibabel")}
-    return {"seqtransfer": seqtransfer.__version__, **libraries, "python": platform.python_version(), "system": platform.platform(), "device": str(device()), **gpu, "threads": torch.get_num_threads()}
+    return {"seqtransfer": seqtransfer.__version__, **libraries, "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "device": str(device()), **gpu, "threads": torch.get_num_threads()}
 
 # %% ../nbs/40_notebooks.ipynb #62012daf
 def fingerprint(name: str,  # one of `TEMPLATES`
@@ -146,12 +146,12 @@ def stop_kernels():
     "Stops the kernel that this process keeps, if there is one."
     while _idle: _stop(_idle.pop())
 
-# %% ../nbs/40_notebooks.ipynb #c6ba65cc
+# %% ../nbs/40_notebooks.ipynb #151075ab
 def _ask(manager: AsyncKernelManager, code: str) -> bool:
     "Executes code outside of any notebook; whether it ended well."
     client = BlockingKernelClient()
     client.load_connection_info(manager.get_connection_info())
-    client.start_channels()
+    client.start_channels(iopub=False, stdin=False, hb=False, control=False)
     try: return client.execute(code, silent=True, reply=True, timeout=60)["content"]["status"] == "ok"
     except TimeoutError: return False
     finally: client.stop_channels()
@@ -169,7 +169,7 @@ class _InKernel(Engine):
 
 papermill_engines.register("seqtransfer", _InKernel)
 
-# %% ../nbs/40_notebooks.ipynb #9f9d0c35
+# %% ../nbs/40_notebooks.ipynb #433694f6
 class KernelDied(RunError):
     "A kernel ended before its notebook did."
 
@@ -179,7 +179,7 @@ def _failure(error: PapermillExecutionError, failed: Path) -> Exception:
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)).strip()
     if error.ename == "InputError": return InputError(said)
     first = said.splitlines()[0] if said else ""
-    return RunError(f"{failed.name} failed in cell {error.cell_index} with {error.ename}: {first}; open {failed} to see where.")
+    return RunError(f"{failed.name} failed in cell {error.exec_count} with {error.ename}: {first}; open {failed} to see where.")
 
 
 def _killed(manager: AsyncKernelManager, gone: threading.Event):

@@ -20,13 +20,14 @@ import torch
 import yaml
 from conftest import COMMAND, seqtransfer
 from dask.distributed import Client
+from jupyter_client.manager import start_new_kernel
 
 from seqtransfer import cli, engine
 from seqtransfer.core import InputError
 from seqtransfer.datasets import read_pool
-from seqtransfer.grid import open_grid, read_grid
-from seqtransfer.jobs import at_work, read_plan, status
-from seqtransfer.notebooks import execute, stop_kernels
+from seqtransfer.grid import open_grid, plan_grid, read_grid
+from seqtransfer.jobs import at_work, job_done, read_plan, status
+from seqtransfer.notebooks import _own_kernel, execute, read_result
 from seqtransfer.training import machine
 from seqtransfer.transfer import Recipe, compare
 
@@ -58,7 +59,7 @@ def counted_step_function(*args):
         if stage in trouble.get("dies", []): os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(3600 if stage in trouble.get("hangs", []) else trouble.get("slow", 0))
         loss = step(x, y)
-        say("steps", stage)
+        say("steps", f"{stage} {os.getpid()}")
         return loss
     return counted
 
@@ -84,7 +85,9 @@ class Counted:
     def _lines(self, file): return (self.folder / file).read_text().splitlines() if (self.folder / file).exists() else []
 
     @property
-    def steps(self): return Counter(self._lines("steps"))
+    def steps(self): return Counter(name for name, _ in map(str.split, self._lines("steps")))
+
+    def trained_by(self, pid): return list(dict.fromkeys(name for name, by in map(str.split, self._lines("steps")) if by == pid))
 
     @property
     def kernels(self): return [line.split(" ") for line in self._lines("kernels")]
@@ -158,13 +161,16 @@ def nothing_is_half_written(out):
     for f in out.rglob("[!.]*.ipynb"): nbformat.validate(nbformat.read(f, 4))
 
 
-def same_as(reference, out, stages=None):
-    "The grid is finished, with the same table and the same models, byte for byte."
-    pd.testing.assert_frame_equal(table(out), table(reference.out), check_exact=True)
-    assert finished(out) == finished(reference.out) and not list(out.rglob("unfinished.safetensors"))
+def same_as(reference, out):
+    "A grid, the same or a part of it, is finished, with the same table and the same models, byte for byte."
+    found = table(out)
+    expected = table(reference.out).merge(found[["arm", "path"]].drop_duplicates()).reindex(columns=found.columns)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    plan = read_plan(out)
+    assert found.groupby(["arm", "path"]).ngroups == sum(j["template"] == "transfer_path" for j in plan["jobs"]) and status(out).state.eq("done").all()
+    assert finished(out) == {s for j in plan["jobs"] for s in j["stages"]} and not list(out.rglob("unfinished.safetensors")) and not list(out.rglob("*.failed.ipynb"))
     for name in finished(out): assert (out / "stages" / name / "model.safetensors").read_bytes() == (reference.out / "stages" / name / "model.safetensors").read_bytes()
     nothing_is_half_written(out)
-    assert status(out).state.eq("done").all() and not list(out.rglob("*.failed.ipynb"))
 
 
 def polite(*said):
@@ -234,6 +240,26 @@ def test_the_status_of_a_finished_grid(reference, command):
     assert code == 0 and len(rows) == 7 and {r["state"] for r in rows} == {"done"} and all(r["attempts"] == 1 and r["seconds"] > 0 and (reference.out / r["notebook"]).exists() for r in rows)
     code, out, _ = command("status", reference.out)
     assert "Nobody is at work on it; 7 of 7 notebooks are done." in out
+
+
+def test_a_changed_source_repeats_what_read_it_and_nothing_else(reference, file, zoo):
+    grid = read_grid(file)
+    image = read_pool(zoo)[C].cases[0].image
+    kept, about = image.read_bytes(), image.stat()
+    try:
+        scan = nib.load(image)
+        nib.Nifti1Image(np.asarray(scan.dataobj) * 1.5 + 1, scan.affine).to_filename(image)
+        changed = plan_grid(open_grid(grid), reference.out, machine(1), keep=False)
+    finally:
+        image.write_bytes(kept)
+        os.utime(image, ns=(about.st_atime_ns, about.st_mtime_ns))
+    same = plan_grid(open_grid(grid), reference.out, machine(1), keep=False)
+    assert all(job_done(reference.out, j) for j in same.jobs)
+    # what is not done is what the engine executes
+    left = {j.id for j in changed.jobs if not job_done(reference.out, j)}
+    assert left == {j.id for j in changed.jobs if j.template == "affinity" or C in j.parameters["sources"] and j.template == "transfer_path"} and len(left) == 3
+    before, after = ({s for j in p.jobs for s in j.stages} for p in (same, changed))
+    assert len(after - before) == 5  # C in the middle and what follows it, C at the beginning and what follows it
 
 
 # ---------------------------------------------------------------- killed
@@ -326,27 +352,6 @@ def test_the_status_tells_of_work_while_it_is_done(survivor):
     assert survivor.told.returncode == 0 and {r["state"] for r in rows} <= {"left", "running", "done"} and all(r["host"] and r["since"] and r["attempts"] for r in rows if r["state"] == "running")
 
 
-def test_a_changed_source_repeats_what_read_it_and_nothing_else(reference, survivor, zoo):
-    survivor.counted.trouble()
-    plan, before, steps = read_plan(survivor.out), table(survivor.out), survivor.counted.steps
-    image = read_pool(zoo)[C].cases[0].image
-    kept, about = image.read_bytes(), image.stat()
-    try:
-        scan = nib.load(image)
-        nib.Nifti1Image(np.asarray(scan.dataobj) * 1.5 + 1, scan.affine).to_filename(image)
-        again = seqtransfer(*survivor.args, **survivor.env)
-    finally:
-        image.write_bytes(kept)
-        os.utime(image, ns=(about.st_atime_ns, about.st_mtime_ns))
-    assert again.returncode == 0, again.stderr
-    reads = {j["id"] for j in plan["jobs"] if j["template"] == "affinity" or C in j["parameters"]["sources"] and not j["id"].startswith("stages/")}
-    done = {line.split("] ")[1].split(" done")[0] for line in again.stderr.splitlines() if line.startswith("[")}
-    assert done == reads and 3 <= len(reads) < len(plan["jobs"]) and f"{len(reads)} notebooks were executed now" in again.stdout
-    assert all(survivor.counted.steps[name] == n for name, n in steps.items())  # stages of the new content have other names
-    same = ~before.path.str.contains(C)
-    pd.testing.assert_frame_equal(table(survivor.out)[same], before[same], check_exact=True)
-
-
 # ---------------------------------------------------------------- failures
 
 @pytest.fixture
@@ -364,7 +369,7 @@ def dask_cluster(tmp_path, counted):
         p.wait(30)
 
 
-def test_failures_are_listed_and_the_rest_is_done(reference, file, tmp_path, counted, dask_cluster, command):
+def test_failures_are_listed_and_the_rest_is_done(reference, file, tmp_path, monkeypatch, counted, dask_cluster, command):
     out, of = tmp_path / "grid", lambda part: job(reference.out, part)["stages"]
     counted.trouble(raises=of("stages/"), hangs=of("/scratch"), dies=of(f"via.{C}.{B}")[1:2])
     failed = seqtransfer("grid", file, "--out", out, "--limit", "0.5", **counted.env)
@@ -378,22 +383,22 @@ def test_failures_are_listed_and_the_rest_is_done(reference, file, tmp_path, cou
     assert told.keys() == {shared, scratch, killed} and "ZeroDivisionError: one by nought" in told[shared] and "took longer than the 30 seconds" in told[scratch] and "died" in told[killed]
     assert states.attempts[killed] == 2 and states.attempts[shared] == states.attempts[scratch] == 1  # a kernel that dies has a second chance
     for i in (shared, scratch, killed): assert nbformat.read(out / states.notebook[i], 4).cells
-    broken = nbformat.read(out / states.notebook[shared], 4).cells[int(states.cell[shared])]  # the cell that is named holds the error
+    broken, = (c for c in nbformat.read(out / states.notebook[shared], 4).cells if c.get("execution_count") == states.cell[shared])  # the number that stands beside it
     assert any(o.output_type == "error" and o.ename == "ZeroDivisionError" for o in broken.outputs)
     assert table(out).arm.unique().tolist() == ["direct-choice"] and table(out).equals(table(reference.out).query("arm == 'direct-choice'").reset_index(drop=True)) and "ZeroDivisionError" in (out / "report.html").read_text()
     before = counted.steps
     counted.trouble()
+    for name, value in counted.env.items(): monkeypatch.setenv(name, value)
     # what is left is done by a cluster that was there already, and stays
-    joined = seqtransfer("grid", file, "--out", out, "--scheduler-file", dask_cluster, **counted.env)
-    polite(joined.stdout, joined.stderr)
-    assert joined.returncode == 0 and "2 notebooks were done before, 5 are left" in joined.stderr, joined.stderr
+    code, said, err = command("grid", file, "--out", out, "--scheduler-file", dask_cluster)
+    polite(said, err)
+    assert code == 0 and "2 notebooks were done before, 5 are left" in err, err
     same_as(reference, out)
     assert counted.steps == reference.counted.steps and all(before[name] == counted.steps[name] for name in of("direct-choice"))
     with Client(scheduler_file=str(dask_cluster)) as client:
         pid, = client.run(os.getpid).values()
-        assert set(pd.DataFrame(status(out)).query("attempts == 1").shape) and not [p for p in psutil.Process(pid).children() if "ipykernel_launcher" in p.cmdline()]
-        last = [json.loads(f.read_text()) for f in (out / "jobs").glob("*.json")]
-        assert sum(s.get("pid") == pid for s in last) == 5
+    assert not any("ipykernel_launcher" in p.cmdline() for p in psutil.Process(pid).children())  # its kernel was stopped
+    assert sum(json.loads(f.read_text()).get("pid") == pid for f in (out / "jobs").glob("*.json")) == 5
 
 
 def test_a_scheduler_that_is_not_there(file, tmp_path, command):
@@ -404,26 +409,27 @@ def test_a_scheduler_that_is_not_there(file, tmp_path, command):
 
 @pytest.fixture
 def disk(tmp_path):
-    "A disk of its own, and a function that changes its size."
+    "A disk of its own with room for two models, and a function that changes its size."
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = sys.platform == "linux" and os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True).returncode == 0
+    mounted = sys.platform == "linux" and os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", folder], capture_output=True).returncode == 0
     if not mounted: pytest.skip("only root of a machine may mount a small disk")
     yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_is_said_and_with_more_room_it_goes_on(reference, file, disk, counted):
+def test_a_full_disk_is_said_and_with_more_room_it_goes_on(reference, zoo, tmp_path, disk, counted):
     (folder, resize), out = disk, disk[0] / "grid"
-    full = seqtransfer("grid", file, "--out", out, **counted.env)
+    half = grid_file(tmp_path, zoo, paths=GRID["paths"][:2], arms=["sequential"])
+    full = seqtransfer("grid", half, "--out", out, **counted.env)
     polite(full.stdout, full.stderr)
     assert full.returncode != 0 and "No space left on device" in full.stderr and all(line.startswith(("failed: ", "seqtransfer: ", "[", "dashboard", "timing", "report", "0 notebooks")) for line in full.stderr.splitlines()), full.stderr
     nothing_is_half_written(out)
     assert not list(out.rglob(".part-*"))
     done = {name: counted.steps[name] for name in finished(out)}
-    assert 0 < len(done) < len(finished(reference.out))
+    assert 0 < len(done) < 5
     resize("64m")
-    more = seqtransfer("grid", file, "--out", out, **counted.env)
+    more = seqtransfer("grid", half, "--out", out, **counted.env)
     assert more.returncode == 0, more.stderr
     same_as(reference, out)
     assert all(counted.steps[name] == n for name, n in done.items())
@@ -431,37 +437,39 @@ def test_a_full_disk_is_said_and_with_more_room_it_goes_on(reference, file, disk
 
 # ---------------------------------------------------------------- workers
 
-def test_a_worker_holds_one_gpu(zoo, tmp_path, monkeypatch, counted):
+def test_a_worker_holds_one_gpu(reference, file, monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "gpus", lambda: ["3", "GPU-7"])
-    for name, value in counted.env.items(): monkeypatch.setenv(name, value)
-    opened = open_grid(read_grid(grid_file(tmp_path, zoo, arms=["scratch"], recipe={"source_steps": 0, "target_steps": 2})))
-    with pytest.raises(InputError, match="2 GPUs"): next(iter(engine.local_cluster(1, 3).gen))
-    log = tmp_path / "log"
+    with pytest.raises(InputError, match="2 GPUs"), engine.local_cluster(1, 3): pass
+    log, plan = tmp_path / "log", plan_grid(open_grid(read_grid(file)), reference.out, machine(1), keep=False)
 
     def hold(i):
-        import os, time
-        me = os.environ["CUDA_VISIBLE_DEVICES"]
         for what in "be":
-            with open(log, "a") as f: f.write(f"{me} {what}\n")
+            with open(log, "a") as f: f.write(f"{os.environ['CUDA_VISIBLE_DEVICES']} {what}\n")
             time.sleep(0.2)
-        return me
+
+    def seen_by_a_kernel():
+        manager, client = start_new_kernel(kernel_name=_own_kernel())
+        try: return client.execute_interactive("import os; assert os.environ['CUDA_VISIBLE_DEVICES'] in ('3', 'GPU-7'); raise KeyError(os.environ['CUDA_VISIBLE_DEVICES'])", output_hook=lambda m: None)["content"]["evalue"]
+        finally: manager.shutdown_kernel(now=True)
 
     with engine.local_cluster(1) as client:
         said = client.run(lambda: (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]))
         assert sorted(said.values()) == [("3", "1"), ("GPU-7", "1")]
         assert all(w["resources"] == {"GPU": 1} and w["nthreads"] == 1 for w in client.scheduler_info()["workers"].values())
-        held = engine._submitted(client, [], tmp_path, None) == {} and client.map(hold, range(6), resources={"GPU": 1}, pure=False)
-        assert set(client.gather(held)) == {"3", "GPU-7"}
+        assert {w: v.strip("'") for w, v in client.run(seen_by_a_kernel).items()} == {w: gpu for w, (gpu, _) in said.items()}
+        client.gather(client.map(hold, range(6), resources={"GPU": 1}, pure=False))
+        jobs = engine._submitted(client, plan.jobs, reference.out, None)
+        assert all(o["state"] == "done" and not o["fresh"] for o in client.gather(list(jobs.values())))
+        wanted = client.run_on_scheduler(lambda dask_scheduler, keys: [dask_scheduler.tasks[k].resource_restrictions for k in keys], keys=[f.key for f in jobs.values()])
+        assert all(w == {"GPU": 1} for w in wanted)
     by = defaultdict(str)
     for line in log.read_text().splitlines(): by[line.split()[0]] += line.split()[1]
-    assert all(set(text[i:i + 2] for i in range(0, len(text), 2)) == {"be"} for text in by.values())  # the next begins when the one before has ended
-    done = engine.run_grid(opened, tmp_path / "grid", where=machine(1))
-    assert not len(done.failures) and {gpu for _, gpu in counted.kernels[:2]} <= {"3", "GPU-7"}
+    assert by.keys() == {"3", "GPU-7"} and all(set(text[i:i + 2] for i in range(0, len(text), 2)) == {"be"} for text in by.values())  # the next begins when the one before has ended
 
 
 SBATCH = '''#!/bin/sh
 cp "$1" "$(dirname "$0")/submitted"
-setsid sh "$1" > "$(dirname "$0")/log" 2>&1 &
+setsid sh "$(dirname "$0")/submitted" > "$(dirname "$0")/log" 2>&1 &
 echo "Submitted batch job $!"
 '''
 SCANCEL = '''#!/bin/sh
@@ -470,7 +478,7 @@ kill -- -"$1"
 '''
 
 
-def test_slurm_jobs_do_a_grid(zoo, tmp_path, counted):
+def test_slurm_jobs_do_a_grid(zoo, tmp_path, monkeypatch, counted, command):
     stub = tmp_path / "bin"
     stub.mkdir()
     for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
@@ -479,11 +487,13 @@ def test_slurm_jobs_do_a_grid(zoo, tmp_path, counted):
     slurm = tmp_path / "slurm.yaml"
     slurm.write_text(yaml.safe_dump({"workers": 1, "memory": "2GB", "walltime": "1:00:00", "queue": "gpu", "account": "ours", "job_script_prologue": ["export FROM_THE_PROLOGUE=1"]}))
     small, out = grid_file(tmp_path, zoo, arms=["scratch"], recipe={"source_steps": 0, "target_steps": 2}), tmp_path / "grid"
-    none = seqtransfer("grid", small, "--out", out, "--slurm", slurm, PATH="/usr/bin:/bin")
-    assert none.returncode == 2 and "sbatch" in none.stderr
-    polite(none.stderr)
-    done = seqtransfer("grid", small, "--out", out, "--slurm", slurm, PATH=f"{stub}:{os.environ['PATH']}", **counted.env)
-    assert done.returncode == 0, done.stderr
+    code, _, err = command("grid", small, "--out", out, "--slurm", slurm)
+    assert code == 2 and "sbatch" in err
+    polite(err)
+    for name, value in {**counted.env, "PATH": f"{stub}:{os.environ['PATH']}"}.items(): monkeypatch.setenv(name, value)
+    code, _, err = command("grid", small, "--out", out, "--slurm", slurm)
+    polite(err)
+    assert code == 0, err
     script = (stub / "submitted").read_text()
     for line in ("-J seqtransfer", "-p gpu", "-A ours", "-t 01:00:00", "--gres=gpu:1", "--mem=2G"): assert f"#SBATCH {line}\n" in script, script
     assert "export FROM_THE_PROLOGUE=1\n" in script and "--nthreads 1" in script and "--resources GPU=1" in script and f"{sys.executable} -m distributed.cli.dask_worker tcp://" in script
@@ -494,12 +504,12 @@ def test_slurm_jobs_do_a_grid(zoo, tmp_path, counted):
 
 
 def test_notebooks_in_a_kept_kernel_give_the_bits_of_kernels_of_their_own(reference, tmp_path, monkeypatch, counted):
+    "The workers of the reference kept theirs: here what came late in one of them is done in a new one."
+    late = max((reference.counted.trained_by(pid) for pid, _ in reference.counted.kernels), key=len)
+    of = next(j for j in reversed(read_plan(reference.out)["jobs"]) if late[-1] in j["stages"])
+    assert set(late) - set(of["stages"]) and of["template"] == "transfer_path"
     for name, value in counted.env.items(): monkeypatch.setenv(name, value)
-    jobs = [job(reference.out, f"via.{C}.{B}"), job(reference.out, "/scratch")]
-    def bits(folder, keep):
-        results = [execute("transfer_path", folder / f"{i}.ipynb", {**j["parameters"], "stages": str(folder / "stages"), "out": str(folder)}, keep=keep, show=lambda line: None)[0] for i, j in enumerate(jobs)]
-        return [(r["cases"], r["curve"]["loss"], r["name"]) for r in results], {f.parent.name: f.read_bytes() for f in folder.glob("stages/*/model.safetensors")}
-    own, kept = bits(tmp_path / "own", False), bits(tmp_path / "kept", True)
-    stop_kernels()
-    assert own == kept and len(own[1]) == 4 and len(counted.kernels) == 3
-    assert all((reference.out / "stages" / name / "model.safetensors").read_bytes() == model for name, model in own[1].items())
+    said, _ = execute("transfer_path", tmp_path / "own.ipynb", {**of["parameters"], "stages": str(tmp_path / "stages"), "out": str(tmp_path)}, show=lambda line: None)
+    kept = read_result(reference.out / of["notebook"])
+    assert said["cases"] == kept["cases"] and said["curve"] == kept["curve"] and late[-1] in finished(tmp_path)
+    for name in finished(tmp_path): assert (tmp_path / "stages" / name / "model.safetensors").read_bytes() == (reference.out / "stages" / name / "model.safetensors").read_bytes()
