@@ -404,7 +404,7 @@ def _finish_grid(done):
     "What is there now, what failed, and what to do."
     if done.report: print(f"{done.executed} notebooks were executed now.", "table:", f"  {done.out / 'table.parquet'}", f"  {done.out / 'table.csv'}", "report:", f"  {done.report}", sep="\n")
     if not len(done.failures): return
-    show_table(done.failures.assign(error=done.failures.error.str.slice(0, 160)), "Not done; cell: where to look in the notebook", False)
+    show_table(done.failures.assign(error=done.failures.error.str.slice(0, 160)), "Not done; cell: the number beside it in the notebook, as In [5]", False)
     err_console.print(f"seqtransfer: {len(done.failures)} of {len(done.plan.jobs)} notebooks were not done: open those above, mend the cause, and run the same command again, which goes on with what is left.", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 

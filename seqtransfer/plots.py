@@ -331,8 +331,8 @@ def cost_against_dice(table: pd.DataFrame,  # columns seed, arm, path, sources, 
         one = means[means.seed == seed]
         ax.scatter(one.cost, one.dice, marker=marker, s=18, alpha=0.7, color=PALETTE[0], edgecolors="none")
     rho = [one.cost.corr(one.dice, method="spearman") for _, one in means.groupby("seed") if len(one) > 2]
-    ax.set(xlabel=f"cost of the path by the affinity ({sources} source{'s' * (sources > 1)})", ylabel="mean Dice of the path",
-           title=f"Spearman {np.nanmean(rho):+.2f} within a seed" if len(rho) and np.isfinite(rho).any() else "too few paths for a rank correlation")
+    ax.set(xlabel=f"cost of the path by the affinity ({sources} source{'s' * (sources > 1)})", ylabel="mean Dice of the path")
+    ax.set_title(f"Spearman {np.nanmean(rho):+.2f} within a seed" if np.isfinite(rho).any() else "too few paths for a rank correlation", loc="left")
     _seed_legend(ax, seeds)
     return ax
 
