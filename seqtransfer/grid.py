@@ -74,6 +74,7 @@ def _of_recipe(said: dict, file) -> Recipe:
     said = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
     if said.get("start"): said["start"] = str((file.parent / said["start"]).absolute())
     try: return Recipe(**said)
+    except InputError as e: raise InputError(f"{file} has a recipe that cannot be followed. {e}") from e
     except TypeError as e: raise InputError(f"{file} has a recipe with an option of the wrong kind ({e}): look at the page on transfer for what each is.") from e
 
 

@@ -38,6 +38,7 @@ GRID = {"targets": [TARGET], "among": [A, B, C], "paths": [[A, B], [A, C], [C, B
 # Imported by whatever kernel starts, through a start-up file of IPython. What it counts is written by the kernel itself, after each optimiser step; the product knows nothing of it.
 COUNTING = '''
 import json, os, signal, time
+from pathlib import Path
 from seqtransfer import training
 here, at, train, step_function = Path(os.environ["IPYTHONDIR"]), [], training.train, training.step_function
 
