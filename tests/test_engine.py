@@ -125,8 +125,6 @@ def command(monkeypatch, capsys):
     "Calls the command line in this process; returns exit code and what it said on standard output and standard error."
     def call(*args):
         monkeypatch.setattr("sys.argv", ["seqtransfer", *map(str, args)])
-        monkeypatch.setattr(cli.out_console, "file", sys.stdout)
-        monkeypatch.setattr(cli.err_console, "file", sys.stderr)
         with pytest.raises(SystemExit) as end: cli.main()
         return end.value.code or 0, *capsys.readouterr()
     return call
