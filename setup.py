@@ -21,7 +21,7 @@ setup(
     keywords=cfg["keywords"],
     classifiers=["Intended Audience :: " + cfg["audience"], "Programming Language :: Python :: 3"],
     packages=find_packages(include=["seqtransfer", "seqtransfer.*"]),
-    package_data={"seqtransfer": ["experiments/*.ipynb"]},
+    package_data={"seqtransfer": ["experiments/*.ipynb", "static/*.js"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -15,7 +15,7 @@ from fastcore.docments import docments
 
 BIN = Path(sys.executable).parent
 ORDER = ["core", "tasks", "datasets", "phantom", "zoo", "similarity.image", "similarity.label", "similarity.object", "similarity.signature", "affinity", "scores", "paths", "networks", "weights", "training", "evaluation",
-         "transfer", "features", "calibration", "deploy", "notebooks", "runs", "jobs", "grid", "engine", "plots", "cli", "all"]
+         "transfer", "features", "calibration", "deploy", "notebooks", "runs", "jobs", "grid", "engine", "plots", "widgets", "cli", "all"]
 
 
 @pytest.fixture(scope="module")
