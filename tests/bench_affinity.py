@@ -176,12 +176,17 @@ def test_ratios():
     table = pd.Series(SECONDS, name="seconds").to_frame()
     read, loop = table.seconds.filter(like="nibabel").min(), table.seconds.filter(like="loop").min()  # the faster way of reading
     table["over reading"], table["loop over it"] = table.seconds / read, loop / table.seconds
-    table["volumes"], table["cores"], table["processor"] = "x".join(map(str, SIZE)), cpu_count(), processor()
+    table["volumes"], table["cores"], table["processor"] = "x".join(map(str, SIZE)), cpu_count(), ", ".join([processor(), *(["and " + torch.cuda.get_device_name(0)] if len(DEVICES) > 1 else [])])
     parts = pd.Series(PARTS, name="seconds")
     print(f"\n{table.drop(columns='processor').round(3).to_string()}\n\none patient, four modalities, three labels, one core:\n{parts.round(4).to_string()}")
-    if os.environ.get("SEQTRANSFER_BENCH_RECORD"):
-        table.rename_axis("what").round(4).to_csv(RECORDS / "bench_affinity.csv")
-        parts.rename_axis("what").round(5).to_csv(RECORDS / "bench_affinity_parts.csv")
+    keep(table.rename_axis("what").reset_index().round(4), "bench_affinity")
+    keep(parts.rename_axis("what").reset_index().round(5), "bench_affinity_parts")
+
+
+def keep(table, name):
+    "Writes a table for the page on benchmarks if that is asked for: RECORD=1 for the page's own machine, RECORD=h200, say, for the tables of another beside it."
+    of = os.environ.get("SEQTRANSFER_BENCH_RECORD")
+    if of: table.to_csv(RECORDS / f"{name}{'' if of == '1' else '_' + of}.csv", index=False)
 
 
 def processor():

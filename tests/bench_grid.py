@@ -1,14 +1,13 @@
 """`make bench`: what the engine costs beside calling the task function, what a kept kernel saves, what a second worker brings.
 
 Small runs on small phantom volumes, where the engine weighs most; one run on one machine, all on one thread each. Nothing is asserted."""
-import os
 from dataclasses import asdict
 from time import perf_counter
 
 import pandas as pd
 import pytest
 import torch
-from bench_affinity import RECORDS, processor
+from bench_affinity import keep, processor
 
 from seqtransfer.datasets import read_pool
 from seqtransfer.engine import cores, local_cluster, run_grid
@@ -87,4 +86,4 @@ def test_table():
     table["times the function"] = table["seconds a run"] / alone
     table["device"] = f"{processor()}, {cores()} cores"
     print(f"\n{table.round(2).to_string()}")
-    if os.environ.get("SEQTRANSFER_BENCH_RECORD"): table.round(4).to_csv(RECORDS / "bench_grid.csv", index=False)
+    keep(table.round(4), "bench_grid")

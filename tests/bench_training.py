@@ -11,7 +11,7 @@ from time import perf_counter
 import pandas as pd
 import pytest
 import torch
-from bench_affinity import CASES, KEPT, RECORDS, SIZE, processor
+from bench_affinity import CASES, KEPT, SIZE, keep, processor
 
 from seqtransfer.core import code_digest, digest
 from seqtransfer.datasets import read_fets
@@ -67,7 +67,7 @@ def first_batch(task, data, plan): return next(batches(data, Stage(task, 1, 1e-3
 @pytest.mark.parametrize("augmentation", ["light", "nnunet"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_loop(benchmark, task, data, network, augmentation):
-    plan, n = PLANS[network], 1000 if ON_GPU else 60 if network == "unet" else 12  # losses are looked at a hundred times, as in long stages
+    plan, n = PLANS[network], (1000 if network == "unet" else 200) if ON_GPU else 60 if network == "unet" else 12
     stage = Stage(task, n, 1e-3, 0, augmentation=augmentation)
     def measure():
         alone = [seconds(forward_backward(plan, *first_batch(task, data, plan)), max(n // 2, 5))]
@@ -141,6 +141,5 @@ def test_table():
     loop["device"] = torch.cuda.get_device_name(0) if ON_GPU else f"{processor()}, {torch.get_num_threads()} threads"
     loop["patch"], loop["batch"] = "x".join(map(str, PATCH)), PLANS["unet"].batch
     print(f"\n{loop.round(3).T.to_string()}\n\n{way.round(4).to_string()}")
-    if os.environ.get("SEQTRANSFER_BENCH_RECORD"):
-        loop.round(4).to_csv(RECORDS / "bench_training.csv", index=False)
-        way.round(4).to_csv(RECORDS / "bench_training_ways.csv", index=False)
+    keep(loop.round(4), "bench_training")
+    keep(way.round(4), "bench_training_ways")

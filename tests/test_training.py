@@ -32,7 +32,7 @@ def test_patches_are_centred_on_voxels_that_count(tmp_path):
     folder = write_dataset(tmp_path, 1, "Marked", (24, 24, 24), ["T1"], {"core": 1, "ignore": 2}, 2, mask=mask)
     task = read_pool(folder).tasks[0]
     assert task.cases[0].ignore == (2,)
-    data = prepare_task(task, PLAN)
+    data = prepare_task(task, replace(PLAN, patch=(16, 16, 16)))  # a patch that a network could be trained on, which a GPU's memory is counted for
     assert all((d["mask"].flatten()[d["mask_fg"]] == 1).all() and (d["mask"].flatten()[d["mask_bg"]] == 0).all() for d in data)
     draw = patch_transform(PLAN, seed=0)
     centres = torch.tensor([int(draw(data[i % 2])[0]["mask"][0, 2, 2, 2]) for i in range(300)])
@@ -62,7 +62,7 @@ def test_a_stage_is_learned(zoo, tmp_path, network, options):
 def test_ways_of_computing_learn_the_same(zoo, tmp_path, way):
     "Within what the precision allows; the checkpoint is that of the same network."
     if "compiled" in way and not (shutil.which("g++") or shutil.which("clang")): pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    task, plan = read_pool(zoo)[TASK], replace(plan_of(zoo), patch=(24, 24, 24))
+    task, plan = read_pool(zoo)[TASK], replace(plan_of(zoo), patch=(24, 24, 24), precision="float32", channels_last=False)
     plain, other = (run_stage(Stage(task, 40, 5e-3, 0), p, tmp_path) for p in (plan, replace(plan, **way)))
     assert np.allclose(other.curve.loss, plain.curve.loss, rtol=0.1) and plain.name != other.name
     assert load_network(other.model).state_dict().keys() == load_network(plain.model).state_dict().keys()
