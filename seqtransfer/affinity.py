@@ -9,6 +9,7 @@ __all__ = ['FEWEST', 'TERMS', 'PRESETS', 'COLUMNS', 'sample', 'Sampled', 'sample
 
 # %% ../nbs/12_affinity.ipynb #886a1f37
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
@@ -43,7 +44,7 @@ class Sampled:
     patients: np.ndarray  # (N, C) int, positions in `names`; -1 where a task has fewer cases
     domains: np.ndarray  # (N,) int, equal for tasks of one data set and site
 
-    def positions(self, key,  # function of a `Case`
+    def positions(self, key: Callable,  # function of a `Case`
                  ) -> tuple:  # (distinct keys, (N, C) int: the position of each case's key; 0 where there is none)
         "Where the item stands that a case shares with others, its image say."
         order, out = {}, np.zeros(self.patients.shape, int)
@@ -52,7 +53,7 @@ class Sampled:
         return list(order), out
 
 
-def sampled(tasks,  # tasks
+def sampled(tasks: Iterable[Task],  # tasks
             cases: int = 10,  # from each
             seed: int = 0,  # of the lottery
             first: tuple = (),  # patients to take before all others
@@ -116,7 +117,7 @@ def task_means(distances: np.ndarray,  # (U, U) between distinct items; NaN wher
                paired: bool = False,  # within a domain only pairs of one patient
                drawn: np.ndarray | None = None,  # (B, P) weights of patients; all 1 when None
                diagonal: float = 0.0,  # of a task with itself, by definition
-               new=None,  # positions of the tasks whose pairs are wanted; all when None
+               new: Iterable[int] | None = None,  # positions of the tasks whose pairs are wanted; all when None
               ) -> np.ndarray:  # (B, N, N), symmetric; NaN where no pair has a distance, and for pairs that are not wanted
     "The mean over the pairs of cases of every two tasks, for each row of weights."
     N, drawn = len(s.cases), np.ones((1, len(s.names))) if drawn is None else drawn
@@ -141,9 +142,9 @@ def _pairs_of(n: int, new, block) -> np.ndarray:
     return out
 
 
-def sample_distances(samples,  # U sorted 1-D samples, or quantiles; of length 0 where there is nothing
+def sample_distances(samples: Sequence,  # U sorted 1-D samples, or quantiles; of length 0 where there is nothing
                      exact: bool = False,  # they are whole samples, not quantiles
-                     new=None,  # positions whose pairs are wanted; all when None
+                     new: Iterable[int] | None = None,  # positions whose pairs are wanted; all when None
                     ) -> np.ndarray:  # (U, U); NaN where one of the two is empty, or the pair is not wanted
     "Wasserstein-1 distances of all pairs."
     has = np.array([i for i, x in enumerate(samples) if len(x)], int)
@@ -156,8 +157,8 @@ def sample_distances(samples,  # U sorted 1-D samples, or quantiles; of length 0
     return out
 
 
-def number_distances(values,  # U numbers; NaN or infinite where there is none
-                     new=None,  # has no use: all pairs are one subtraction
+def number_distances(values: Sequence[float],  # U numbers; NaN or infinite where there is none
+                     new: Iterable[int] | None = None,  # has no use: all pairs are one subtraction
                     ) -> np.ndarray:  # (U, U); NaN where one of the two is missing
     "Absolute differences of all pairs."
     x = np.where(np.isfinite(values), values, np.nan)
@@ -241,13 +242,13 @@ def definition(mode: str,  # name in `PRESETS`
     return replace(PRESETS[mode], weights={t: float(w) for t, w in weights.items()}, **choices)
 
 # %% ../nbs/12_affinity.ipynb #90948787
-def compute_terms(tasks,  # N tasks, at least two
+def compute_terms(tasks: Iterable[Task],  # N tasks, at least two
                   how: Definition = PRESETS["default"],  # what is meant
                   cases: int = 10,  # sampled from each
                   seed: int = 0,  # of the sample and the resampling
                   first: tuple = (),  # patients to sample before all others
                   replicates: int = 0,  # resamplings of the patients
-                  new=None,  # positions of the tasks whose pairs are wanted; all when None
+                  new: Iterable[int] | None = None,  # positions of the tasks whose pairs are wanted; all when None
                   **reading,  # `keep` and `device` of `signatures`
                  ) -> tuple:  # ({term: (N, N) float64}, {term: (replicates, N, N) float32})
     "All terms between all tasks, and under resampled patients; raises `InputError` naming a task without any object, or a file that cannot be used."
@@ -297,7 +298,7 @@ class Affinity:
         np.fill_diagonal(d, 0)
         return d
 
-    def resampled(self):  # iterator over (N, N) float64
+    def resampled(self) -> Iterator[np.ndarray]:  # iterator over (N, N) float64
         "The distance under each resampling of the patients."
         for b in range(len(next(iter(self.replicates.values()), ()))):
             yield replace(self, terms={t: self.replicates[t][b] for t, w in self.weights.items() if w}, weights={t: w for t, w in self.weights.items() if w}, replicates={}).distance

@@ -8,11 +8,13 @@ __all__ = ['SCRATCH', 'FEWEST', 'ANGLES', 'EVALUATIONS', 'SEARCHES', 'RESAMPLES'
            'baselines', 'resampled_correlations', 'Calibration', 'calibrate']
 
 # %% ../nbs/35_calibration.ipynb #8f40105f
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import comb
 from scipy.stats import kendalltau, pearsonr, spearmanr, weightedtau
 
@@ -31,8 +33,8 @@ def _numbers(cost, dice) -> tuple:
     return cost, dice
 
 
-def rank_correlations(cost,  # predicted, one number per transfer to one target; lower is better
-                      dice,  # measured, in the same order
+def rank_correlations(cost: ArrayLike,  # predicted, one number per transfer to one target; lower is better
+                      dice: ArrayLike,  # measured, in the same order
                      ) -> dict:  # tau, weighted_tau, pearson, spearman in [-1, 1]; 1: the lower the cost, the higher the Dice
     "Correlations of minus the cost with the Dice: 0 for a constant cost, NaN for constant Dice; raises `InputError` for unequal numbers or NaN."
     x, y = _numbers(cost, dice)
@@ -61,8 +63,8 @@ def _tries(k):
     if not isinstance(k, (int, np.integer)) or k < 1: raise InputError(f"Regret was asked for the {k} nearest: ask for a whole number, at least one.")
 
 
-def regret(cost,  # predicted, one number per transfer to one target; lower is better
-           dice,  # measured, in the same order
+def regret(cost: ArrayLike,  # predicted, one number per transfer to one target; lower is better
+           dice: ArrayLike,  # measured, in the same order
            k: int = 1,  # how many of the nearest are tried
           ) -> float:  # >= 0, in units of `dice`; 0 when `k` is at least the number of transfers
     "The best Dice among all minus the best among the `k` of least cost, averaged over ties; raises `InputError` for unequal numbers, NaN or `k` below 1."
@@ -114,7 +116,7 @@ def unit_of(matrix: np.ndarray,  # (N, N) distances
 
 
 def costs(rows: pd.DataFrame,  # as from `transfers`
-          names,  # of the tasks, in the order of the matrices
+          names: Sequence[str],  # of the tasks, in the order of the matrices
           matrices: dict,  # name -> (N, N) distances, source (row) to target (column)
           lam: float = 1.0,  # weight of the earlier sources' distances to the target; 1 in the paper
          ) -> pd.DataFrame:  # `rows` and one column per matrix: the path cost in units of its median
@@ -131,8 +133,8 @@ def costs(rows: pd.DataFrame,  # as from `transfers`
 
 # %% ../nbs/35_calibration.ipynb #f4f7ecca
 def agreement(rows: pd.DataFrame,  # as from `costs`
-              terms,  # its columns that are weighed
-              weights,  # (G, number of terms), or one such row; >= 0, in units of the terms' medians
+              terms: Sequence[str],  # its columns that are weighed
+              weights: ArrayLike,  # (G, number of terms), or one such row; >= 0, in units of the terms' medians
              ) -> np.ndarray:  # (G, T), one column per target, sorted by name
     "Pearson correlation of minus the weighted cost with the Dice within each target; 0 where the cost is constant."
     found = []
@@ -148,7 +150,7 @@ def agreement(rows: pd.DataFrame,  # as from `costs`
 ANGLES = np.arange(91)  # degrees from the first of two terms to the second
 
 
-def angle_weights(degrees=ANGLES,  # between 0 and 90
+def angle_weights(degrees: Sequence[float] = ANGLES,  # between 0 and 90
                  ) -> np.ndarray:  # (G, 2), cosine and sine divided by their sum
     "The weights of two terms at some angles, scaled to sum to 1."
     pairs = np.stack([np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))], axis=-1).round(12)
@@ -330,13 +332,13 @@ class Calibration:
         wide = rows.assign(text=[text(r) for r in rows.itertuples()]).pivot(index="predictor", columns="measure", values="text")
         return wide.loc[rows["predictor"].unique(), rows["measure"].unique()].rename_axis(index=None, columns=None)
 
-    def save(self, path,  # JSON file to write
+    def save(self, path: Path | str,  # JSON file to write
             ) -> Path:  # `path`
         "Writes everything as JSON, whole or not at all."
         return write_json(path, asdict(self))
 
     @classmethod
-    def load(cls, path,  # JSON file that `save` wrote
+    def load(cls, path: Path | str,  # JSON file that `save` wrote
             ) -> "Calibration":  # equal to what was saved
         "Reads a saved calibration; raises `InputError` when the file is missing or is something else."
         held = read_json(path)
@@ -372,7 +374,7 @@ def _table(affinity, measured, terms, lam) -> tuple:
 # %% ../nbs/35_calibration.ipynb #44a22706
 def calibrate(affinity: Affinity,  # terms between all tasks of the table
               measured: pd.DataFrame,  # columns target, dice, and source or path; one row per run, rows from scratch are left out
-              terms=None,  # names of the terms to weigh; those that the affinity weighs when None
+              terms: Sequence[str] | None = None,  # names of the terms to weigh; those that the affinity weighs when None
               search: str | None = None,  # "grid" (two terms) or "bayes"; when None the grid for two terms, unless the affinity is in the paper's mode
               k: tuple = (1, 3),  # how many of the nearest, for regret@k; also one number
               lam: float = 1.0,  # of the path cost, as in `best_paths`

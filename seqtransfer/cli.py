@@ -36,10 +36,10 @@ def _cell(x) -> str:
     return f"{x:.3f}" if isinstance(x, float) else str(x)
 
 
-def show_table(frame,  # pandas table
+def show_table(frame: "pd.DataFrame",  # pandas table
                title: str,  # above it
                as_json: bool,  # print JSON records instead
-              ):
+              ) -> None:
     "Prints a table for a reader, or JSON for a program."
     import pandas as pd
     if as_json: return print(frame.to_json(orient="records", indent=1))
@@ -123,7 +123,7 @@ def _version(asked: bool):
 
 
 @app.callback()
-def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False): pass
+def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False) -> None: pass
 
 # %% ../nbs/60_cli.ipynb #339deea2
 @app.command()
@@ -134,7 +134,7 @@ def phantom(
     cases: Annotated[str, typer.Option(help="Patients in each data set, institution or site; [bold]paper[/bold] for as many as the real data sets have there, [bold]paper/10[/bold] for a tenth.")] = "8",
     seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
     jobs: Annotated[Optional[int], typer.Option(min=1, help="Processes; all cores if there is enough to do when not given.")] = None,
-):
+) -> None:
     "Write a zoo of phantom brain-MRI data sets, to try everything on; interrupted, the same command goes on."
     from seqtransfer.zoo import write_zoo
     try: folder = write_zoo(out, like, _size(size), cases, seed, jobs)
@@ -149,7 +149,7 @@ def tasks(
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="With --check: also look for a patient on both sides of this target's split.")] = None,
     shots: Shots = 3, test: Test = None, seed: Seed = 0, as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
-):
+) -> None:
     "List the tasks of a folder; with [bold]--check[/bold], look for what is wrong with them."
     from seqtransfer.datasets import read_pool, task_table, validate
     if target and not check: raise InputError(f"--target {target} is looked at by --check only: add it.")
@@ -172,7 +172,7 @@ def affinity(
     out: Annotated[Path, typer.Option(help="Table to write, .csv or .parquet, one row per ordered pair with 95 % intervals; a heatmap is drawn beside it (.png).")] = Path("affinity.csv"),
     sampled: Sampled = 10, device: Device = "cpu", as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
-):
+) -> None:
     "Compute how near the tasks of a folder are to each other."
     import matplotlib; matplotlib.use("Agg")
     from seqtransfer import affinity as module, plots
@@ -197,7 +197,7 @@ def paths(
     why: Annotated[bool, typer.Option("--explain", help="Also say why the best path is the best: its hops term by term, what the runner-up lacks, and how often it is the best under resampled patients.")] = False,
     sampled: Sampled = 10, device: Device = "cpu", as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
-):
+) -> None:
     "Find the best source sequences for a target, and beside them the best direct source and the best sequences of two and three."
     import pandas as pd
     from seqtransfer import affinity as module
@@ -287,7 +287,7 @@ def run(
     validation: Validation = 0, lr: Lr = None, target_lr: TargetLr = None, memory: Memory = None, compiled: Compiled = False, start: Start = None, start_modalities: StartModalities = None,
     as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
-):
+) -> None:
     "Choose a path, train it, and compare it with direct transfer and training from scratch."
     from seqtransfer import runs
     recipe = _recipe(validation, freeze, start, start_modalities, source_steps=steps, target_steps=target_steps, source_lr=lr, target_lr=target_lr,
@@ -387,7 +387,7 @@ def grid(
     scheduler_file: Annotated[Optional[Path], typer.Option(help="Join a Dask cluster that is running: the file that [bold]dask scheduler --scheduler-file[/bold] wrote.")] = None,
     slurm: Annotated[Optional[Path], typer.Option(help="Start the workers as SLURM jobs, as a YAML file says: workers, gpus, memory, walltime, queue, account, ...; not yet tried on a real cluster.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-):
+) -> None:
     "Run targets x paths x arms x seeds as notebooks, each training stage once; whatever dies, the same command goes on."
     from seqtransfer import engine
     from seqtransfer.grid import open_grid, plan_grid, read_grid
@@ -414,7 +414,7 @@ def status(
     out: Annotated[Path, typer.Argument(help="Folder of a grid.")],
     every: Annotated[bool, typer.Option("--all", help="List every notebook, not only those that are running or failed.")] = False,
     as_json: Json = False,
-):
+) -> None:
     "Say how far a grid is: what is done, running, failed and left."
     from seqtransfer import jobs
     table = jobs.status(out)
@@ -436,7 +436,7 @@ def predict(
     model: Model,
     images: Annotated[list[Path], typer.Argument(help="Images of the modality that the model was trained on, NIfTI or another format that nibabel reads.")],
     out: Annotated[Path, typer.Option(help="Folder of the masks, which are called <image>_<label>.nii.gz; 1 is the label.")],
-):
+) -> None:
     "Segment images with a trained model, each mask on the grid of its image."
     from seqtransfer.deploy import write_predictions
     for mask in write_predictions(model, images, out): print(mask)
@@ -446,7 +446,7 @@ def predict(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the bundle; new or empty.")],
-):
+) -> None:
     "Write a trained model as a MONAI bundle, which runs without this package."
     from seqtransfer.deploy import export_bundle
     bundle = shlex.quote(str(export_bundle(model, out)))
@@ -458,7 +458,7 @@ def export(
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete it: volumes are read again, and phantom volumes drawn again, when they are next needed.")] = False,
     as_json: Json = False,
-):
+) -> None:
     "Say where the cache is and how large; it holds only what can be computed again."
     import pandas as pd
     from seqtransfer.core import cache_folder, cache_sizes, clear_cache
@@ -491,7 +491,7 @@ def report(
     anonymise: Annotated[bool, typer.Option("--anonymise", help="Write the report into OUT/anonymous instead, a folder that can be published whole: patients are called case 001, case 002, ..., and no path of this machine occurs in any of its files. Names of tasks stay. "
                                                                "The rest of OUT still holds names of patients and paths. Together with --no-images it shows no picture of a patient either.")] = False,
     as_json: Json = False,
-):
+) -> None:
     "Write tables, figures and HTML again from what a run left."
     from seqtransfer import runs
     if (out / "plan.json").exists(): return _report_grid(out, no_images, anonymise, as_json)
@@ -501,7 +501,7 @@ def report(
     if anonymise: err_console.print(f"the folder {out / 'anonymous'} can be published whole", markup=False, highlight=False, soft_wrap=True)
 
 
-def main():
+def main() -> None:
     "Entry point: one sentence and exit code 2 for a user's mistake, no traceback."
     try: app(prog_name="seqtransfer")
     except InputError as e: err_console.print(f"seqtransfer: {e}", markup=False, highlight=False, soft_wrap=True); sys.exit(2)

@@ -7,18 +7,23 @@ __all__ = ['InputError', 'RunError', 'nearest', 'digest', 'code_digest', 'seed_f
            'read_json', 'cache_folder', 'cache_sizes', 'clear_cache', 'progress']
 
 # %% ../nbs/00_core.ipynb #305ee01a
+import ast
 import difflib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
+import tokenize
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -34,7 +39,7 @@ class RunError(RuntimeError):
 
 # %% ../nbs/00_core.ipynb #1c6ac8b1
 def nearest(name: str,  # the name that was asked for
-            names,  # iterable of the names that exist
+            names: Iterable[str],  # iterable of the names that exist
             n: int = 3,  # at most so many
            ) -> list:  # the closest spellings, the closest first
     "The names most like `name`, ignoring case; all names if nothing is similar and they are few."
@@ -56,13 +61,25 @@ def digest(*parts,  # anything JSON can hold, paths and numpy scalars too
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #c15403a9
+def _working_lines(source: str) -> list:
+    "The lines of some Python code that do something."
+    lines = source.splitlines()
+    gone = [(t.start, t.end) for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) or ast.get_docstring(node) is None: continue
+        d = node.body[0]
+        gone.append(tuple((at, len(lines[at - 1].encode()[:i].decode())) for at, i in ((d.lineno, d.col_offset), (d.end_lineno, d.end_col_offset))))
+    for (first, i), (last, j) in sorted(gone, reverse=True): lines[first - 1:last] = [lines[first - 1][:i] + lines[last - 1][j:]]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
 @cache
 def code_digest(*modules: str,  # names below the package; all of them if none is given
                ) -> str:  # 16 hexadecimal digits
-    "A name for the version and the source of some modules of this package."
+    "A name for the version of this package and for what some of its modules do; comments and docstrings do not count."
     folder = Path(__file__).parent
     files = [folder / f"{m.replace('.', '/')}.py" for m in modules] or sorted(folder.rglob("*.py"))
-    return digest(__version__, [f.read_text(encoding="utf-8") for f in files])
+    return digest(__version__, [_working_lines(f.read_text(encoding="utf-8")) for f in files])
 
 # %% ../nbs/00_core.ipynb #1ed181e9
 def seed_for(seed: int,  # the experiment's seed
@@ -77,7 +94,7 @@ os.umask(_UMASK)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk does not say which file it was full for
 
 
-def writable(folder,  # folder to be written into
+def writable(folder: Path | str,  # folder to be written into
             ) -> Path:  # `folder`, created
     "Makes a folder and tries it; raises `InputError` when nothing can be written there."
     folder = Path(folder)
@@ -90,8 +107,8 @@ def writable(folder,  # folder to be written into
 
 
 @contextmanager
-def replacing(path,  # the file or folder to appear when the block ends well
-             ):
+def replacing(path: Path | str,  # the file or folder to appear when the block ends well
+             ) -> Iterator[Path]:  # a context manager's, of the temporary path
     "Yields a temporary path beside `path`, to be written as a file; it becomes `path` at the end, or vanishes on any error."
     path = Path(path)
     folder = writable(path.parent)
@@ -108,8 +125,8 @@ def replacing(path,  # the file or folder to appear when the block ends well
         Path(name).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #34c2f9a5
-def write_json(path,  # file to write
-               value,  # anything JSON can hold
+def write_json(path: Path | str,  # file to write
+               value: object,  # anything JSON can hold
               ) -> Path:  # `path`
     "Writes `value` as indented JSON, whole or not at all."
     with replacing(path) as part:
@@ -117,8 +134,8 @@ def write_json(path,  # file to write
     return Path(path)
 
 
-def read_json(path,  # file to read
-             ):  # what it holds
+def read_json(path: Path | str,  # file to read
+             ) -> Any:  # what it holds
     "Reads a JSON file; raises `InputError` naming it when it is missing or not JSON."
     try:
         return json.loads(Path(path).read_text())
@@ -160,10 +177,10 @@ def _lines(items, text, total, out, over):
             print(f"{text}: {done}/{total}", file=out, flush=True, end="\r" if over and done < total else "\n")
 
 
-def progress(items,  # what to go through
+def progress(items: Iterable,  # what to go through
              text: str,  # what is being done, for the reader
              total: int | None = None,  # number of items, where `len` does not tell
-            ):  # iterator over `items`
+            ) -> Iterable:  # iterator over `items`
     "Goes through `items` and shows how far: a bar in a terminal (on standard error), a line at each tenth elsewhere."
     total = total if total is not None else len(items)
     if sys.stderr.isatty():

@@ -12,6 +12,7 @@ import io
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -253,11 +254,11 @@ def _fets_skipped(folder, partition, sites, subjects, names):
         if n not in subjects: yield folder / n, "no subject of FeTS 2022"
 
 # %% ../nbs/01_datasets.ipynb #1e6d0a3f
-def read_fets(folder,  # `MICCAI_FeTS2022_TrainingData`, or a folder above it
-              institutions=None,  # numbers or names of those wanted, such as 1 or `01`; all when None
-              modalities=None,  # of `FLAIR`, `T1`, `T1ce`, `T2`; all when None
-              labels=None,  # of `ED`, `ET`, `NCR`; all when None
-              cases=None,  # the first so many patients of each task; all when None
+def read_fets(folder: Path | str,  # `MICCAI_FeTS2022_TrainingData`, or a folder above it
+              institutions: Iterable | None = None,  # numbers or names of those wanted, such as 1 or `01`; all when None
+              modalities: Iterable[str] | None = None,  # of `FLAIR`, `T1`, `T1ce`, `T2`; all when None
+              labels: Iterable[str] | None = None,  # of `ED`, `ET`, `NCR`; all when None
+              cases: int | None = None,  # the first so many patients of each task; all when None
               partition: str = "partitioning_1.csv",  # the table of institutions, beside the subjects
              ) -> TaskPool:  # institutions x modalities x labels
     "The tasks of FeTS 2022; raises `InputError` for no partition table, a missing file, or an option that is not there."
@@ -284,10 +285,10 @@ def _list_iseg(folder: Path) -> _Listing:
     return _Listing(_tasks(rows, tuple(_ISEG_LABELS.values())), tuple((folder / n, "no subject of iSeg-2019") for n in _folders(names)), files)
 
 # %% ../nbs/01_datasets.ipynb #a7c92202
-def read_iseg(folder,  # `iSeg-2019-Training`, or a folder above it
-              modalities=None,  # of `T1`, `T2`; all when None
-              labels=None,  # of `CSF`, `GM`, `WM`; all when None
-              cases=None,  # the first so many patients of each task; all when None
+def read_iseg(folder: Path | str,  # `iSeg-2019-Training`, or a folder above it
+              modalities: Iterable[str] | None = None,  # of `T1`, `T2`; all when None
+              labels: Iterable[str] | None = None,  # of `CSF`, `GM`, `WM`; all when None
+              cases: int | None = None,  # the first so many patients of each task; all when None
              ) -> TaskPool:  # modalities x labels
     "The tasks of iSeg-2019; raises `InputError` for a missing file (a `.img` too) or an option that is not there."
     return _read(folder, _is_iseg, _list_iseg, None, modalities, labels, cases)
@@ -336,11 +337,11 @@ def _list_wmh(folder: Path, images: str = "pre") -> _Listing:
     return _Listing(_tasks(rows, (1, 2)), tuple((p, "no site and no subject of WMH 2017") for p in others), frozenset(files))
 
 # %% ../nbs/01_datasets.ipynb #f36dfd11
-def read_wmh(folder,  # the folder of `training` and `test`, one of the two, or a folder above
-             sites=None,  # such as `Utrecht`, `Amsterdam_GE3T` or `GE3T`; all when None
-             modalities=None,  # of `FLAIR`, `T1`; both when None
-             labels=None,  # `WMH`
-             cases=None,  # the first so many patients of each task; all when None
+def read_wmh(folder: Path | str,  # the folder of `training` and `test`, one of the two, or a folder above
+             sites: Iterable[str] | None = None,  # such as `Utrecht`, `Amsterdam_GE3T` or `GE3T`; all when None
+             modalities: Iterable[str] | None = None,  # of `FLAIR`, `T1`; both when None
+             labels: Iterable[str] | None = None,  # `WMH`
+             cases: int | None = None,  # the first so many patients of each task; all when None
              images: str = "pre",  # `pre`, corrected for the bias field, or `orig`
             ) -> TaskPool:  # sites x modalities
     "The tasks of WMH 2017; raises `InputError` for a missing file (a subject without labels too) or an option that is not there."
@@ -417,10 +418,10 @@ def _list_nnunet(folder: Path) -> _Listing:
     return _Listing(_tasks(rows, tuple(sorted({v for vs in (*labels.values(), ignore) for v in vs} - {0})), table=folder / "dataset.json"), skipped, files)
 
 # %% ../nbs/01_datasets.ipynb #3e21a424
-def read_nnunet(folder,  # one `DatasetXXX_Name`, or a folder above it
-                modalities=None,  # of the channels' names; all when None
-                labels=None,  # of the labels' names; all when None
-                cases=None,  # the first so many patients of each task; all when None
+def read_nnunet(folder: Path | str,  # one `DatasetXXX_Name`, or a folder above it
+                modalities: Iterable[str] | None = None,  # of the channels' names; all when None
+                labels: Iterable[str] | None = None,  # of the labels' names; all when None
+                cases: int | None = None,  # the first so many patients of each task; all when None
                ) -> TaskPool:  # channels x labels
     "The tasks of nnU-Net v2 raw data sets; raises `InputError` for an incomplete description, a missing file, or a format that is not read."
     return _read(folder, _is_nnunet, _list_nnunet, None, modalities, labels, cases)
@@ -482,10 +483,10 @@ def _list_msd(folder: Path) -> _Listing:
     return _Listing(_tasks(rows, tuple(sorted(labels.values())), channels, folder / "dataset.json"), skipped, files)
 
 # %% ../nbs/01_datasets.ipynb #8f16ff97
-def read_msd(folder,  # one `TaskXX_Name`, or a folder above it
-             modalities=None,  # of the names in its description; all when None
-             labels=None,  # of the names in its description; all when None
-             cases=None,  # the first so many patients of each task; all when None
+def read_msd(folder: Path | str,  # one `TaskXX_Name`, or a folder above it
+             modalities: Iterable[str] | None = None,  # of the names in its description; all when None
+             labels: Iterable[str] | None = None,  # of the names in its description; all when None
+             cases: int | None = None,  # the first so many patients of each task; all when None
             ) -> TaskPool:  # modalities x labels
     "The tasks of Medical Segmentation Decathlon data sets; raises `InputError` for an incomplete description, a missing file, or a path that leads out."
     return _read(folder, _is_msd, _list_msd, None, modalities, labels, cases)
@@ -533,11 +534,11 @@ def _list_manifest(file: Path) -> _Listing:
     return _Listing(_tasks(rows, table=file), ((file, f"its columns {', '.join(odd)} are not known"),) if odd else (), files)
 
 # %% ../nbs/01_datasets.ipynb #38621ed6
-def read_manifest(file,  # a CSV file, or a folder with a `manifest.csv`
-                  sites=None,  # of the column `site`; all when None
-                  modalities=None,  # of the column `modality`; all when None
-                  labels=None,  # of the column `label`; all when None
-                  cases=None,  # the first so many patients of each task; all when None
+def read_manifest(file: Path | str,  # a CSV file, or a folder with a `manifest.csv`
+                  sites: Iterable[str] | None = None,  # of the column `site`; all when None
+                  modalities: Iterable[str] | None = None,  # of the column `modality`; all when None
+                  labels: Iterable[str] | None = None,  # of the column `label`; all when None
+                  cases: int | None = None,  # the first so many patients of each task; all when None
                  ) -> TaskPool:  # one task for each data set, site, modality and label in the table
     "The tasks of a manifest; raises `InputError` with the row for an empty cell, a file that does not exist, or a row that is there twice."
     path = Path(file)
@@ -567,11 +568,11 @@ def _unread(folder: Path, depth: int = 3) -> str:
     return next(filter(None, (_unread(folder / n, depth - 1) for n in _folders(names))), "") if depth else ""
 
 # %% ../nbs/01_datasets.ipynb #2e325dba
-def read_pool(folder,  # a data set, a folder that holds several up to three levels down, or the CSV file of a manifest
-              sites=None,  # names of institutions or sites in any of the data sets; all when None
-              modalities=None,  # names of modalities; all when None
-              labels=None,  # names of labels; all when None
-              cases=None,  # the first so many patients of each task; all when None
+def read_pool(folder: Path | str,  # a data set, a folder that holds several up to three levels down, or the CSV file of a manifest
+              sites: Iterable[str] | None = None,  # names of institutions or sites in any of the data sets; all when None
+              modalities: Iterable[str] | None = None,  # names of modalities; all when None
+              labels: Iterable[str] | None = None,  # names of labels; all when None
+              cases: int | None = None,  # the first so many patients of each task; all when None
              ) -> TaskPool:  # every task found; `skipped` names what was passed over and why
     "Reads the tasks below `folder` without opening a volume; raises `InputError` for no data set, two tasks of one name, a missing file, an unknown option."
     if Path(folder).is_file() and Path(folder).suffix.lower() == ".csv": return read_manifest(folder, sites, modalities, labels, cases)

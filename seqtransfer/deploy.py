@@ -12,6 +12,7 @@ import inspect
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ _SIGN = "seqtransfer"  # how the description of a mask that was written here beg
 
 
 def mask_image(mask: np.ndarray,  # HWD, bool, canonical orientation
-               image,  # nibabel's image, of the same voxels
+               image: nib.spatialimages.SpatialImage,  # nibabel's image, of the same voxels
                description: str = "",  # up to 66 characters for the header
               ) -> nib.Nifti1Image:  # shape and geometry of `image`, 0 and 1 as uint8
     "A mask as a volume on the grid of the image it belongs to, in the image's own orientation."
@@ -56,7 +57,7 @@ def mask_image(mask: np.ndarray,  # HWD, bool, canonical orientation
 
 # %% ../nbs/36_deploy.ipynb #b15095e8
 def predict_image(net: torch.nn.Module,  # B1HWD normalised intensities to B1HWD logits
-                  image,  # file that nibabel reads, one modality
+                  image: Path | str,  # file that nibabel reads, one modality
                   plan: Plan,  # the network's
                   description: str = "",  # for the header
                  ) -> nib.Nifti1Image:  # the predicted mask on the file's own grid
@@ -93,8 +94,8 @@ def _check_output(path: Path):
     if not ours: raise InputError(f"{path} exists and was not written by a prediction: choose another folder, or move it away.")
 
 # %% ../nbs/36_deploy.ipynb #3729e101
-def prediction_files(images,  # image files
-                     out,  # folder of the masks
+def prediction_files(images: Iterable,  # image files
+                     out: Path | str,  # folder of the masks
                      about: dict,  # what the model says of itself: modality, label
                     ) -> dict:  # {image: file of its mask}, `<name of the image>_<label>.nii.gz`
     "Where masks go, read and written files checked; raises `InputError` for the first that cannot be."
@@ -111,9 +112,9 @@ def prediction_files(images,  # image files
     return files
 
 # %% ../nbs/36_deploy.ipynb #05b77271
-def write_predictions(model,  # `.safetensors` file of a trained network
-                      images,  # image files
-                      out,  # folder of the masks
+def write_predictions(model: Path | str,  # `.safetensors` file of a trained network
+                      images: Iterable,  # image files
+                      out: Path | str,  # folder of the masks
                      ) -> list:  # of the masks' paths, in the order of the images
     "Predicts image after image, each mask written whole or not at all; raises `InputError` for a model, image or folder that cannot be used."
     (plan, about), net = read_about(model), load_network(model)
@@ -125,9 +126,9 @@ def write_predictions(model,  # `.safetensors` file of a trained network
     return list(files.values())
 
 
-def write_prediction(model,  # `.safetensors` file of a trained network
-                     image,  # image file
-                     out,  # folder of the mask
+def write_prediction(model: Path | str,  # `.safetensors` file of a trained network
+                     image: Path | str,  # image file
+                     out: Path | str,  # folder of the mask
                     ) -> Path:  # file of the mask
     "As `write_predictions`, of one image."
     return write_predictions(model, [image], out)[0]
@@ -248,8 +249,8 @@ def _fill(folder: Path, model: Path):
     write("scripts/__init__.py", ""); write("scripts/preparation.py", bundle_script())
 
 # %% ../nbs/36_deploy.ipynb #c1f852bf
-def export_bundle(model,  # `.safetensors` file of a trained network
-                  out,  # folder of the bundle; new, or empty
+def export_bundle(model: Path | str,  # `.safetensors` file of a trained network
+                  out: Path | str,  # folder of the bundle; new, or empty
                  ) -> Path:  # `out`
     "Writes a model as a MONAI bundle, whole or not at all; raises `InputError` for a file that is no model and a folder that holds anything."
     out = Path(out)

@@ -13,8 +13,9 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def local_workers(gpus: list,  # that may be used, as `gpus` names them
 @contextmanager
 def local_cluster(threads: int = 1,  # of torch in each notebook
                   workers: int | None = None,  # as many as there are GPUs, or cores for their threads, when None
-                 ):
+                 ) -> Iterator:  # a context manager's, of the client
     "Yields a Dask client with workers on this machine; they end with the block, however it ends."
     who = local_workers(gpus(), cores(), threads, workers)
     spec = {i: {"cls": Nanny, "options": {"nthreads": 1, "env": env, "resources": resources, "memory_limit": 0, "name": i, "silence_logs": logging.CRITICAL}} for i, (env, resources) in enumerate(who)}
@@ -64,8 +65,8 @@ def local_cluster(threads: int = 1,  # of torch in each notebook
     with SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster, Client(cluster) as client: yield client
 
 
-def joined_cluster(scheduler_file,  # that `dask scheduler --scheduler-file` wrote
-                  ):
+def joined_cluster(scheduler_file: Path | str,  # that `dask scheduler --scheduler-file` wrote
+                  ) -> AbstractContextManager:  # of the client
     "A context manager that yields a Dask client of a cluster that runs already; raises `InputError` for a file that is not there, and when it is entered for a scheduler that does not answer."
     if not Path(scheduler_file).exists(): raise InputError(f"There is no file {scheduler_file}: give the one that `dask scheduler --scheduler-file` writes.")
     return _joined(scheduler_file)
@@ -94,7 +95,7 @@ def _seconds(walltime, file) -> int:
     except ValueError: raise InputError(f"{file} says walltime: {walltime}, and that should be hours:minutes:seconds, such as \"12:00:00\".") from None
 
 # %% ../nbs/44_engine.ipynb #08df0197
-def read_slurm(file,  # `.yaml`
+def read_slurm(file: Path | str,  # `.yaml`
               ) -> tuple:  # (number of workers, arguments of dask-jobqueue's `SLURMCluster`)
     "Reads what a SLURM job asks for; raises `InputError` naming the file and the entry for what cannot be understood."
     file = Path(file)
@@ -113,9 +114,9 @@ def read_slurm(file,  # `.yaml`
     return workers, {"job_name": "seqtransfer", **said, "cores": 1, "processes": 1, "walltime": clock, "job_extra_directives": extra, "worker_extra_args": args}
 
 # %% ../nbs/44_engine.ipynb #977bab92
-def slurm_cluster(file,  # `.yaml`, as `read_slurm` reads it
-                  out,  # the grid's folder, where the jobs' logs go
-                 ):
+def slurm_cluster(file: Path | str,  # `.yaml`, as `read_slurm` reads it
+                  out: Path | str,  # the grid's folder, where the jobs' logs go
+                 ) -> AbstractContextManager:  # of the client
     "A context manager that yields a Dask client whose workers are SLURM jobs, replaced when they end; raises `InputError` for a file that cannot be understood, or where there is no `sbatch`."
     workers, options = read_slurm(file)
     if not shutil.which("sbatch"): raise InputError("There is no command sbatch here: log in to a node from which SLURM jobs are submitted, or leave out --slurm.")
@@ -132,8 +133,8 @@ def _slurm(workers, options, out):
 
 # %% ../nbs/44_engine.ipynb #df092699
 @contextmanager
-def alone(out,  # the grid's folder
-         ):
+def alone(out: Path | str,  # the grid's folder
+         ) -> Iterator[None]:  # a context manager's
     "Holds the grid's lock; raises `InputError` naming who holds it."
     lock, who = grid_lock(writable(out)), Path(out) / "lock.json"
     try: lock.acquire(timeout=1)  # who only looks whether somebody is at work holds it for a moment
@@ -222,13 +223,13 @@ class GridRun:
     report: Path | None  # `report.html`; None if no run is done
 
 
-def run_grid(opened,  # of `grid.open_grid`
-             out,  # the grid's folder, new or begun
-             cluster=None,  # context manager of a Dask client; workers on this machine when None
+def run_grid(opened: object,  # of `grid.open_grid`
+             out: Path | str,  # the grid's folder, new or begun
+             cluster: AbstractContextManager | None = None,  # context manager of a Dask client; workers on this machine when None
              threads: int = 1,  # of torch in each notebook
              where: str | None = None,  # the machine that trains, as `training.machine` says it; what the folder or a worker says when None
              limit: float | None = None,  # seconds that a notebook may take
-             show=lambda event: None,  # called with a dict for the beginning, each line that is printed, and each end
+             show: Callable = lambda event: None,  # called with a dict for the beginning, each line that is printed, and each end
             ) -> GridRun:  # what is done, what failed
     "Plans a grid, does what is left of it, and reports; what fails leaves the rest alone. Raises `InputError` for a grid or folder that cannot be used."
     from seqtransfer.grid import plan_grid  # a worker needs neither torch nor MONAI before a notebook does

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from monai.inferers import sliding_window_inference
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from numpy.typing import ArrayLike
 from scipy.stats import bootstrap, wilcoxon
 
 from .core import progress
@@ -96,10 +97,10 @@ def _resampled(x, groups, n, rng) -> np.ndarray:
     return drawn[chosen, np.arange(n)[:, None], np.arange(len(parts))].mean(1)
 
 
-def interval(values,  # one number per case; missing ones are left out
+def interval(values: ArrayLike,  # one number per case; missing ones are left out
              seed: int = 0,  # of the resampling
              level: float = 0.95,  # coverage
-             groups=None,  # the experiment's seed that each value belongs to; None for one seed
+             groups: ArrayLike | None = None,  # the experiment's seed that each value belongs to; None for one seed
             ) -> tuple:  # (mean, low, high); NaN when there is no value
     "The mean with its percentile bootstrap interval over cases, and over seeds where there are several (2000 resamples)."
     x = np.asarray(values, float); known = np.isfinite(x)
@@ -114,11 +115,11 @@ def interval(values,  # one number per case; missing ones are left out
     return float(np.mean([x[groups == g].mean() for g in set(groups)])), float(low), float(high)
 
 # %% ../nbs/32_evaluation.ipynb #8b296ba5
-def paired(a,  # one number per case
-           b,  # the same cases, the same order
+def paired(a: ArrayLike,  # one number per case
+           b: ArrayLike,  # the same cases, the same order
            seed: int = 0,  # of the resampling
-           groups=None,  # the experiment's seed of each; None for one seed
-           patients=None,  # the patient of each; None if all differ
+           groups: ArrayLike | None = None,  # the experiment's seed of each; None for one seed
+           patients: ArrayLike | None = None,  # the patient of each; None if all differ
           ) -> dict:  # `difference` a - b, `low`, `high` (95 %), `p` (Wilcoxon, two-sided)
     "The mean difference of two arms over the same cases, its bootstrap interval, and a signed-rank test over patients."
     d = np.asarray(a, float) - np.asarray(b, float)

@@ -9,6 +9,7 @@ __all__ = ['CANDIDATES', 'layers', 'default_layer', 'Drawn', 'features', 'Source
 # %% ../nbs/34_features.ipynb #a09c4a54
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -277,7 +278,7 @@ def score_pool(name: str,  # of a score, as in `scores.SCORES`
 # %% ../nbs/34_features.ipynb #46030b3d
 def score_matrix(name: str,  # of a score, as in `scores.SCORES`
                  models: dict,  # name of a source task -> `SourceModel`, network or path
-                 targets,  # tasks whose cases are looked at: the target's few-shot cases, and the sources' own tasks for paths over several
+                 targets: Iterable[Task],  # tasks whose cases are looked at: the target's few-shot cases, and the sources' own tasks for paths over several
                  plan: Plan,  # under which the models were trained
                  **settings,  # further arguments of `score_pool`
                 ) -> Affinity:  # the sources, then targets that are no source; one term, from source (row) to target (column)

@@ -10,6 +10,7 @@ __all__ = ['SMALL', 'Grid', 'read_grid', 'Question', 'ask', 'ArmRun', 'arm_runs'
 # %% ../nbs/43_grid.ipynb #6375e808
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import permutations
 from pathlib import Path
@@ -78,7 +79,7 @@ def _of_recipe(said: dict, file) -> Recipe:
     except TypeError as e: raise InputError(f"{file} has a recipe with an option of the wrong kind ({e}): look at the page on transfer for what each is.") from e
 
 
-def read_grid(file,  # `.yaml`
+def read_grid(file: Path | str,  # `.yaml`
              ) -> Grid:  # what it asks for; nothing is looked up yet
     "Reads a grid file; raises `InputError` naming the file and the entry for what cannot be understood."
     file = Path(file)
@@ -300,7 +301,7 @@ def with_times(plan: GridPlan,  # of `jobs_of`
     return replace(plan, jobs=tuple(map(one, plan.jobs)))
 
 
-def duration(jobs,  # of `Job`, with times
+def duration(jobs: Iterable[Job],  # of `Job`, with times
              workers: int,  # that work beside each other
             ) -> float:  # seconds
     "How long jobs will take at least: their sum over the workers, or the longest chain of those that wait for each other."
@@ -332,7 +333,7 @@ def open_grid(grid: Grid,  # what is wanted
 
 
 def plan_grid(opened: Opened,  # of `open_grid`
-              out,  # the grid's folder, new or begun
+              out: Path | str,  # the grid's folder, new or begun
               where: str | None = None,  # the machine that will train, as `training.machine` says it; this one when None
               threads: int = 1,  # of torch in each notebook
               keep: bool = True,  # write the plan into the folder
@@ -366,7 +367,7 @@ def plan_table(plan: GridPlan,  # of a grid
     return runs.groupby(["target", "arm"], sort=False)[["path", "cost", "in sum"]].apply(row).reset_index()
 
 # %% ../nbs/43_grid.ipynb #81f75b02
-def results_table(out,  # the grid's folder
+def results_table(out: Path | str,  # the grid's folder
                  ) -> pd.DataFrame:  # target, seed, arm, path, sources (number), cost, steps, patient, dice, hd95 (mm), surface_dice: a row per run and test case
     "What the runs that are done found; raises `InputError` when there is none."
     out, rows = Path(out), []
@@ -382,7 +383,7 @@ def results_table(out,  # the grid's folder
     return table.assign(order=order).sort_values(["target", "order", "path", "seed", "patient"], kind="stable").drop(columns="order").reset_index(drop=True)
 
 
-def collect(out,  # the grid's folder
+def collect(out: Path | str,  # the grid's folder
            ) -> pd.DataFrame:  # as `results_table` returns it
     "Writes `table.parquet`, `table.csv` and, of the notebooks, `jobs.csv`; each whole or not at all."
     out, table = Path(out), results_table(out)
@@ -392,7 +393,7 @@ def collect(out,  # the grid's folder
     return table
 
 # %% ../nbs/43_grid.ipynb #50c6bb8b
-def report_grid(out,  # the grid's folder
+def report_grid(out: Path | str,  # the grid's folder
                ) -> Path:  # `report.html`
     "Collects the table and writes the report; raises `InputError` when no run is done."
     out = Path(out).absolute()

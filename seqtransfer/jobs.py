@@ -9,6 +9,7 @@ __all__ = ['STATES', 'Job', 'job_state', 'say_state', 'job_done', 'do_job', 'gri
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,23 +42,23 @@ class Job:
 def _state_file(out, id: str) -> Path: return Path(out) / "jobs" / f"{id.replace('/', '__')}.json"
 
 
-def job_state(out,  # the grid's folder
+def job_state(out: Path | str,  # the grid's folder
               id: str,  # of a job
              ) -> dict:  # what `do_job` last said of it, empty if nothing
     "What is known of a job."
     return read_json(file) if (file := _state_file(out, id)).exists() else {}
 
 
-def say_state(out,  # the grid's folder
+def say_state(out: Path | str,  # the grid's folder
               id: str,  # of a job
               **state,  # state, and whatever else is known; nothing makes it forgotten
-             ):
+             ) -> None:
     "Says of a job how far it is, for all who look into the folder."
     if state: write_json(_state_file(out, id), {"id": id, **state})
     else: _state_file(out, id).unlink(missing_ok=True)
 
 
-def job_done(out,  # the grid's folder
+def job_done(out: Path | str,  # the grid's folder
              job: Job,  # of its plan
             ) -> bool:  # nothing is left to do
     "Whether a job's notebook stands at its place, executed for these inputs, and what it leaves is there."
@@ -70,9 +71,9 @@ def _failed(error: Exception) -> dict:
 
 
 def do_job(job: dict,  # a `Job` as plain values
-           out,  # the grid's folder
+           out: Path | str,  # the grid's folder
            limit: float | None = None,  # seconds it may take
-           show=print,  # called with every line that the notebook prints
+           show: Callable = print,  # called with every line that the notebook prints
           ) -> dict:  # id, state (done or failed), seconds, attempts, fresh (whether it was executed now); of a failure the cell (its number in the notebook, as In [5]) and the error
     "Executes one notebook of a grid, unless that is done; only a folder that cannot be written raises."
     out, start, now = Path(out), time.perf_counter(), lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -92,13 +93,13 @@ def do_job(job: dict,  # a `Job` as plain values
     return found
 
 # %% ../nbs/42_jobs.ipynb #703a553e
-def grid_lock(out,  # the grid's folder
+def grid_lock(out: Path | str,  # the grid's folder
              ) -> FileLock:  # not yet acquired
     "The lock of those who run a grid."
     return FileLock(Path(out) / "lock")
 
 
-def at_work(out,  # the grid's folder
+def at_work(out: Path | str,  # the grid's folder
            ) -> bool:  # whether its lock is held
     "Whether a process is running the grid now."
     lock = grid_lock(out)
@@ -108,7 +109,7 @@ def at_work(out,  # the grid's folder
     return False
 
 
-def read_plan(out,  # the grid's folder
+def read_plan(out: Path | str,  # the grid's folder
              ) -> dict:  # as `plan_grid` wrote it
     "The plan of a grid; raises `InputError` for a folder without one."
     file = Path(out) / "plan.json"
@@ -119,7 +120,7 @@ def read_plan(out,  # the grid's folder
 STATES = ("done", "running", "failed", "interrupted", "waiting", "left")
 
 
-def status(out,  # the grid's folder
+def status(out: Path | str,  # the grid's folder
           ) -> pd.DataFrame:  # a row for each job: job, template, state, seconds, attempts, steps, estimate, cell, error, notebook, host, since, until
     "How far a grid is; `waiting` is what cannot begin because something before it failed. Raises `InputError` for a folder without a grid."
     out, plan, working, states, rows = Path(out), read_plan(out), at_work(out), {}, []

@@ -172,7 +172,7 @@ def plan_for(volumes: list,  # of `Volume`: the few-shot cases of the target
 
 # %% ../nbs/30_networks.ipynb #e7f36cf2
 def save_network(net: torch.nn.Module,  # whose weights to keep
-                 path,  # `.safetensors` file
+                 path: Path | str,  # `.safetensors` file
                  plan: Plan,  # it was trained under
                  about: dict = {},  # what else to remember: task, modality, label
                 ) -> Path:  # `path`
@@ -186,7 +186,7 @@ def save_network(net: torch.nn.Module,  # whose weights to keep
 def _tuples(x): return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
-def read_about(path,  # `.safetensors` file
+def read_about(path: Path | str,  # `.safetensors` file
               ) -> tuple:  # (plan, what else was remembered)
     "What a model says of itself; raises `InputError` for a file that is missing, damaged or from elsewhere."
     try:
@@ -197,7 +197,7 @@ def read_about(path,  # `.safetensors` file
         raise InputError(f"{path} is no model of this package ({why}): give a `model.safetensors` of a run.") from e
 
 # %% ../nbs/30_networks.ipynb #04854736
-def load_network(path,  # `.safetensors` file
+def load_network(path: Path | str,  # `.safetensors` file
                  plan: Plan | None = None,  # the plan it must have been trained under; its own when None
                 ) -> torch.nn.Module:  # on the CPU
     "Reads weights into a network of their plan; raises `InputError` naming the file if it is missing, damaged, or of another network."

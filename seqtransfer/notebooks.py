@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -52,7 +53,7 @@ def _check_names(source: Path, parameters: dict):
     if unknown: raise InputError(f"The notebook {source.name} has no parameter {unknown[0]!r}: it has {', '.join(known)}.")
 
 
-def read_result(notebook,  # an executed notebook
+def read_result(notebook: Path | str,  # an executed notebook
                ) -> dict | None:  # the result it displayed, None if there is none
     "The last output of type `application/vnd.seqtransfer.result+json` of a notebook."
     cells = nbformat.read(notebook, as_version=4).cells
@@ -71,13 +72,13 @@ def environment() -> dict:  # of versions, the device, the number of threads
 # %% ../nbs/40_notebooks.ipynb #62012daf
 def fingerprint(name: str,  # one of `TEMPLATES`
                 parameters: dict,  # of the template
-                inputs=None,  # what else decides the outcome
+                inputs: object = None,  # what else decides the outcome
                ) -> str:  # 16 hexadecimal digits
     "A name for everything that decides what an executed notebook says."
     return digest(template(name).read_text(), json.loads(json.dumps(parameters)), inputs, code_digest())
 
 
-def is_done(notebook,  # where the executed notebook would be
+def is_done(notebook: Path | str,  # where the executed notebook would be
             fingerprint: str,  # what it would carry
             products: tuple = (),  # files that it would have written
            ) -> bool:  # executed to the end, for the same inputs
@@ -142,7 +143,7 @@ def _stop(manager: AsyncKernelManager):
     run_sync(manager.cleanup_resources)()
 
 
-def stop_kernels():
+def stop_kernels() -> None:
     "Stops the kernel that this process keeps, if there is one."
     while _idle: _stop(_idle.pop())
 
@@ -189,11 +190,11 @@ def _killed(manager: AsyncKernelManager, gone: threading.Event):
 
 # %% ../nbs/40_notebooks.ipynb #5b998704
 def execute(name: str,  # one of `TEMPLATES`
-            notebook,  # where the executed notebook is to stand
+            notebook: Path | str,  # where the executed notebook is to stand
             parameters: dict,  # of the template
-            inputs=None,  # what else decides the outcome: goes into the fingerprint
+            inputs: object = None,  # what else decides the outcome: goes into the fingerprint
             products: tuple = (),  # files that the notebook writes; it is executed again if one is missing
-            show=print,  # called with each line that the notebook prints
+            show: Callable = print,  # called with each line that the notebook prints
             keep: bool = False,  # use the kernel that this process keeps, and keep it
             limit: float | None = None,  # seconds after which it is ended; None for no limit
            ) -> tuple:  # (the result the notebook displayed, whether it was executed now)

@@ -9,6 +9,7 @@ __all__ = ['DIGITS', 'NUMBER_RULES', 'TransferPath', 'path_length', 'path_cost',
 
 # %% ../nbs/20_paths.ipynb #60d1bf0f
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import combinations
@@ -36,7 +37,7 @@ class TransferPath:
 
 # %% ../nbs/20_paths.ipynb #562a28f7
 def path_length(distance: np.ndarray,  # (N, N), from source (row) to target (column)
-                sources,  # row numbers of the sources, in order
+                sources: Sequence[int],  # row numbers of the sources, in order
                 target: int,  # column number of the target
                ) -> float:  # sum of the distances hop by hop
     "The distance travelled along `sources` and on to `target`."
@@ -45,7 +46,7 @@ def path_length(distance: np.ndarray,  # (N, N), from source (row) to target (co
 
 
 def path_cost(distance: np.ndarray,  # (N, N), from source (row) to target (column)
-              sources,  # row numbers of the sources, in order
+              sources: Sequence[int],  # row numbers of the sources, in order
               target: int,  # column number of the target
               lam: float = 1.0,  # weight of the earlier sources' distances to the target; 1 in the paper
              ) -> float:  # length + lam * (distances of all but the last source to the target)
@@ -257,8 +258,8 @@ def _free(names, target, exclude, sources, top, lam):
 def _sources(path): return (path,) if isinstance(path, str) else tuple(getattr(path, "sources", path))
 
 
-def steps_to_train(path,  # a `TransferPath`, or the names of the sources in order
-                   already_trained=(),  # paths that were trained: each a `TransferPath`, the names of its sources, or one name
+def steps_to_train(path: TransferPath | Sequence[str],  # a `TransferPath`, or the names of the sources in order
+                   already_trained: Iterable = (),  # paths that were trained: each a `TransferPath`, the names of its sources, or one name
                    steps: int = 1,  # training steps of one source
                   ) -> int:  # training steps
     "The steps on sources that `path` still needs: none for a beginning that a trained path has too."
@@ -373,11 +374,11 @@ def best_paths(affinity: Affinity,  # distances between the tasks, from source t
                top: int = 5,  # how many paths
                landmarks: dict | None = None,  # landmark -> its community, as from `landmark_communities`; None: search everywhere
                budget: float | None = None,  # training steps on sources that a path may still need; any number if None
-               already_trained=(),  # paths whose stages are there and free under a budget: each a `TransferPath`, names of its sources, or one name
+               already_trained: Iterable = (),  # paths whose stages are there and free under a budget: each a `TransferPath`, names of its sources, or one name
                steps: int = 1,  # training steps of one source; with 1 the budget counts stages
-               forbidden=(),  # pairs of names, from and to: hops that may not be made, also to the target
+               forbidden: Iterable[tuple[str, str]] = (),  # pairs of names, from and to: hops that may not be made, also to the target
                lam: float = 1.0,  # weight of the earlier sources' distances to the target; 1 in the paper
-               exclude=(),  # names that may not be sources
+               exclude: Iterable[str] = (),  # names that may not be sources
                allowed: pd.DataFrame | None = None,  # bool, hops (row to column) that may be made between sources, as from `edges`; all if None
               ) -> list:  # of TransferPath, the best first; fewer than `top` where there are no more
     "The `top` paths of least cost over all ordered, distinct sources; raises `InputError` where there is none (Yang et al. 2024)."
@@ -390,7 +391,7 @@ def best_paths(affinity: Affinity,  # distances between the tasks, from source t
     return [_path(affinity, [names[v] for v in path], target, lam, tie) for path, tie in zip(paths, tied)]
 
 # %% ../nbs/20_paths.ipynb #99558670
-def path_table(paths,  # of TransferPath, as `best_paths` returns them; several answers may be joined
+def path_table(paths: Iterable[TransferPath],  # of TransferPath, as `best_paths` returns them; several answers may be joined
               ) -> pd.DataFrame:  # one row per path: rank, path, sources, cost, length, one column per term, tied
     "The paths as a table; `sources` is their number, and `rank` counts within it, because costs compare only there."
     rows = [dict(path=str(p), sources=len(p.sources), cost=p.cost, length=p.length, **dict(p.terms), tied=p.tied) for p in paths]
@@ -402,7 +403,7 @@ def path_table(paths,  # of TransferPath, as `best_paths` returns them; several 
 
 def side_by_side(affinity: Affinity,  # distances between the tasks
                  target: str,  # name of the target task
-                 sources=(1, 2, 3),  # the numbers of sources to ask for; also one number
+                 sources: int | Iterable[int] = (1, 2, 3),  # the numbers of sources to ask for; also one number
                  top: int = 1,  # how many paths of each number
                  **search,  # further arguments of `best_paths`
                 ) -> list:  # of TransferPath, by number of sources, the best of each number first
@@ -415,7 +416,7 @@ def side_by_side(affinity: Affinity,  # distances between the tasks
     return found
 
 # %% ../nbs/20_paths.ipynb #0a27dedd
-def two_sources(paths,  # of TransferPath, candidates with several numbers of sources
+def two_sources(paths: Iterable[TransferPath],  # of TransferPath, candidates with several numbers of sources
                ) -> int:  # a number of sources
     "The paper's rule: two sources, whatever they cost; the next number below where no candidate has two."
     return max((n for n in {len(p.sources) for p in paths} if n <= 2), default=2)
@@ -424,8 +425,8 @@ def two_sources(paths,  # of TransferPath, candidates with several numbers of so
 NUMBER_RULES = {"paper": two_sources}  # by name; a rule is a function from candidate paths to a number of sources
 
 
-def recommend(paths,  # of TransferPath to one target, as from `side_by_side`
-              rule="paper",  # name in `NUMBER_RULES`, or a function from the paths to a number of sources
+def recommend(paths: Iterable[TransferPath],  # of TransferPath to one target, as from `side_by_side`
+              rule: str | Callable = "paper",  # name in `NUMBER_RULES`, or a function from the paths to a number of sources
              ) -> TransferPath:  # the first candidate with that number of sources
     "The path to take; raises `InputError` for an unknown rule, or when no candidate has as many sources as the rule says."
     if isinstance(rule, str) and rule not in NUMBER_RULES:
@@ -506,7 +507,7 @@ def _resampled(replicates, names, target, rules, ways, lam):
 # %% ../nbs/20_paths.ipynb #4aa280b7
 def explain(path: TransferPath,  # usually the best, as from `best_paths`
             affinity: Affinity,  # the distances it was found with
-            replicates=None,  # (B, N, N) distances in the order of the affinity's names, or anything that yields such matrices; None: the affinity's own, if it has any
+            replicates: Iterable | None = None,  # (B, N, N) distances in the order of the affinity's names, or anything that yields such matrices; None: the affinity's own, if it has any
             **search,  # the arguments of `best_paths` it was found with, besides `sources` and `top`
            ) -> Explanation:  # prints as sentences
     "The parts of a path's cost, its runner-up, and its probability of being the best; raises `InputError` for replicates that do not fit or a path that meets a task twice."
@@ -531,7 +532,7 @@ def explain(path: TransferPath,  # usually the best, as from `best_paths`
     return replace(plain, interval=interval, winners=winners, probability=won[ways[0]] / won.total(), any_order=any_order)
 
 # %% ../nbs/20_paths.ipynb #12eb6598
-def edges(tasks,  # a TaskPool, or any tasks with `name`, `modality` and `label`
+def edges(tasks: Iterable,  # a TaskPool, or any tasks with `name`, `modality` and `label`
          ) -> pd.DataFrame:  # (N, N) bool by name: may training go from the row's task to the column's
     "The paper's edge rule: all pairs except those in which both modality and label differ (Yang et al. 2024)."
     tasks = list(tasks)
@@ -549,7 +550,7 @@ def _lengths(pairs):
 
 
 def source_graph(affinity: Affinity,  # distances between the tasks
-                 pool,  # TaskPool, or any tasks: their modality, label, data set and patients
+                 pool: Iterable,  # TaskPool, or any tasks: their modality, label, data set and patients
                  target: str | None = None,  # name of the target task, which is left out
                 ) -> nx.Graph:  # nodes are task names; edges carry `d`, and are absent where it is infinite
     "The source graph under the edge rule, its nodes with modality, label, dataset, site, cases and their domain's patients; raises `InputError` for a `d` that is not a number or negative."
@@ -584,7 +585,7 @@ def strained(graph: nx.Graph,  # edges carry `d`, nodes stand in the order of th
 # %% ../nbs/20_paths.ipynb #965b2a41
 def communities(graph: nx.Graph,  # as from `source_graph`
                 n: int,  # how many communities, at most the number of nodes
-                cut=busiest,  # the next edge to take away: `busiest` (the paper) or `strained`
+                cut: Callable = busiest,  # the next edge to take away: `busiest` (the paper) or `strained`
                ) -> list:  # of tuples of node names, both sorted; more than `n` where the graph falls apart into more from the start
     "Girvan-Newman communities; raises `InputError` when there are fewer nodes than communities, or for a `d` that is not a number or negative."
     if not 1 <= n <= len(graph):
@@ -599,7 +600,7 @@ def communities(graph: nx.Graph,  # as from `source_graph`
 
 # %% ../nbs/20_paths.ipynb #654e11a9
 def landmarks(graph: nx.Graph,  # as from `source_graph`
-              communities,  # iterable of communities, each an iterable of node names
+              communities: Iterable,  # iterable of communities, each an iterable of node names
              ) -> list:  # the landmark's name for each community, in their order
     "In each community the node with the least sum of d / (n_a + n_b) over its edges within it; the first name among equals."
     n = graph.nodes(data="domain_cases")
@@ -608,10 +609,10 @@ def landmarks(graph: nx.Graph,  # as from `source_graph`
 
 # %% ../nbs/20_paths.ipynb #7d61738d
 def landmark_communities(affinity: Affinity,  # distances between the tasks
-                         pool,  # TaskPool, or any tasks: their modality, label, data set and patients
+                         pool: Iterable,  # TaskPool, or any tasks: their modality, label, data set and patients
                          target: str | None = None,  # name of the target task, which is left out
                          n: int = 9,  # how many communities; 9 in the paper, for 84 sources
-                         cut=busiest,  # the next edge to take away: `busiest` (the paper) or `strained`
+                         cut: Callable = busiest,  # the next edge to take away: `busiest` (the paper) or `strained`
                         ) -> dict:  # landmark -> its community, a tuple of names: what `best_paths` takes as `landmarks`
     "The communities of the source graph by their landmarks; the order of the pool does not matter."
     graph = source_graph(affinity, pool, target)
@@ -620,12 +621,12 @@ def landmark_communities(affinity: Affinity,  # distances between the tasks
 
 
 def landmark_paths(affinity: Affinity,  # distances between the tasks, from source to target
-                   pool,  # TaskPool, or any tasks: their modality, label, data set and patients
+                   pool: Iterable,  # TaskPool, or any tasks: their modality, label, data set and patients
                    target: str,  # name of the target task
                    n_communities: int = 9,  # 9 in the paper, for 84 sources
                    top: int = 5,  # how many paths
                    lam: float = 1.0,  # weight of the first source's distance to the target; 1 in the paper
-                   cut=busiest,  # the next edge to take away: `busiest` (the paper) or `strained`
+                   cut: Callable = busiest,  # the next edge to take away: `busiest` (the paper) or `strained`
                   ) -> list:  # of TransferPath with two sources, the best first
     "The best paths from a community's landmark over another source of that community; raises `InputError` where there is none."
     return best_paths(affinity, target, 2, top, landmark_communities(affinity, pool, target, n_communities, cut), lam=lam, allowed=edges(pool))

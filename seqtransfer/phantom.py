@@ -10,10 +10,12 @@ __all__ = ['POPULATIONS', 'TISSUES', 'CONTRAST', 'GLIOMA', 'WMH', 'INFANT', 'DEM
            'Patient', 'patient']
 
 # %% ../nbs/02_phantom.ipynb #a0099481
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
@@ -41,7 +43,7 @@ class Grid:
         return Grid(tuple(k * n for n in self.shape), self.fov)
 
 
-def grid_of(shape,  # voxels: one number for a cube, or three
+def grid_of(shape: int | Sequence[int],  # voxels: one number for a cube, or three
             fov: float = 240.0,  # length of the longest axis, mm
            ) -> Grid:  # with a shape of three numbers
     "The grid of a shape; raises `InputError` when it is too coarse to hold a lesion."
@@ -66,8 +68,8 @@ def smooth_noise(rng: np.random.Generator,  # source of the lattice's normal num
 
 # %% ../nbs/02_phantom.ipynb #7c058ae1
 def ellipsoid(p: np.ndarray,  # (3, N) mm
-              centre,  # 3 numbers, mm
-              axes,  # 3 semi-axes, mm
+              centre: ArrayLike,  # 3 numbers, mm
+              axes: ArrayLike,  # 3 semi-axes, mm
              ) -> np.ndarray:  # (N,) depth in mm, first-order exact at the surface
     "Depth below the surface of an ellipsoid."
     r = np.reshape(np.asarray(axes, p.dtype), (3, 1))
@@ -77,8 +79,8 @@ def ellipsoid(p: np.ndarray,  # (3, N) mm
 
 
 def tube(p: np.ndarray,  # (3, N) mm
-         points,  # corners of a line, each 3 numbers in mm
-         radii,  # radius at each corner, mm
+         points: ArrayLike,  # corners of a line, each 3 numbers in mm
+         radii: ArrayLike,  # radius at each corner, mm
         ) -> np.ndarray:  # (N,) depth in mm
     "Depth below the surface of a bent tube whose radius changes linearly between its corners."
     depth = np.full(p.shape[1], -np.inf, p.dtype)
@@ -193,7 +195,7 @@ def _spread(values: np.ndarray, inside: np.ndarray, shape: tuple) -> np.ndarray:
 
 # %% ../nbs/02_phantom.ipynb #8d6799c5
 def anatomy(rng: np.random.Generator,  # draws the patient
-            shape=96,  # voxels along the axes, one number or three
+            shape: int | Sequence[int] = 96,  # voxels along the axes, one number or three
             population: Population = POPULATIONS["adult"],  # who
            ) -> Anatomy:  # tissue fractions and distances on the grid
     "A healthy brain drawn from a population, right-anterior-superior."
@@ -421,7 +423,7 @@ def _chance(cohort: Cohort, index: int, seed: int, *what) -> np.random.Generator
 
 def patient(cohort: Cohort,  # the data set
             index: int,  # the patient's number in it
-            shape=48,  # voxels along the axes, one number or three
+            shape: int | Sequence[int] = 48,  # voxels along the axes, one number or three
             seed: int = 0,  # the zoo's seed
            ) -> Patient:  # with the tissue fractions drawn
     "One patient of a data set; the same brain for any `shape`. Voxels of more than 3 mm are drawn as means over eight, so that small lesions have their partial volume."

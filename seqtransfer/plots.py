@@ -8,6 +8,7 @@ __all__ = ['PALETTE', 'MARKERS', 'ARM_COLOURS', 'DASHES', 'STYLE', 'OUTLINES', '
            'cost_against_dice', 'overlay', 'overlay_panel']
 
 # %% ../nbs/50_plots.ipynb #a6859fa8
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from matplotlib.lines import Line2D
 
 from .affinity import Affinity
 from .core import InputError, nearest
+from .paths import TransferPath
 from .tasks import Volume
 
 # %% ../nbs/50_plots.ipynb #1b870f1d
@@ -52,7 +54,8 @@ def _beside(ax, handles, **kwargs):
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **kwargs)
 
 # %% ../nbs/50_plots.ipynb #10375534
-def styled(draw):  # a function that draws
+def styled(draw: Callable,  # a function that draws
+          ) -> Callable:  # the same in the style of this package
     "`draw` in the style of this package; interactive mode stays as drawing left it."
     @wraps(draw)
     def inner(*args, **kwargs):
@@ -66,7 +69,7 @@ def styled(draw):  # a function that draws
 # %% ../nbs/50_plots.ipynb #6b395c8e
 @styled
 def affinity_heatmap(affinity: Affinity,  # distances between N tasks, from source (row) to target (column)
-                     order=None,  # names in the order wanted, all or some; the affinity's order if None
+                     order: Sequence[str] | None = None,  # names in the order wanted, all or some; the affinity's order if None
                      ax: Axes | None = None,  # where to draw; a new figure if None
                     ) -> Axes:  # rows "source A", columns "target B"
     "The distance matrix in colours, dark for close; raises `InputError` for a name in `order` that the affinity does not hold."
@@ -133,7 +136,7 @@ def _graph_legend(colour, shape, path):
 # %% ../nbs/50_plots.ipynb #78fd3414
 @styled
 def source_graph(graph: nx.Graph,  # as from `paths.source_graph`: nodes with modality, label, site and cases, edges with d
-                 path=None,  # TransferPath to draw over it
+                 path: TransferPath | None = None,  # TransferPath to draw over it
                  ax: Axes | None = None,  # where to draw; a new figure if None
                 ) -> Axes:  # one marker per source, one arrow per hop
     "The source graph, modality by colour, label by shape, cases by area; raises `InputError` when a source of `path` is not in it."
@@ -161,7 +164,7 @@ def _bar_places(paths):
 
 
 @styled
-def path_costs(paths,  # of TransferPath, the best first, as `paths.best_paths` returns them
+def path_costs(paths: Iterable[TransferPath],  # of TransferPath, the best first, as `paths.best_paths` returns them
                ax: Axes | None = None,  # where to draw; a new figure if None
               ) -> Axes:  # one stacked bar per path
     "Each path's cost as a stacked bar, term by term; raises `InputError` without any path."
@@ -389,8 +392,8 @@ def _slices(shown) -> dict:
 
 
 @styled
-def overlay_panel(shown,  # file `overlays/<arm>-seed<n>.npz` of a comparison, a dict of its arrays, or what `evaluation.overlays` returned
-                  axes=None,  # three axes to draw on; a new figure if None
+def overlay_panel(shown: Path | str | dict,  # file `overlays/<arm>-seed<n>.npz` of a comparison, a dict of its arrays, or what `evaluation.overlays` returned
+                  axes: Sequence | None = None,  # three axes to draw on; a new figure if None
                  ) -> np.ndarray:  # of three axes: best, median, worst case
     "One axial slice each of the best, the median and the worst test case in mm, reference and prediction outlined; raises `InputError` for a file that holds none."
     found = _slices(shown)

@@ -11,6 +11,7 @@ import random
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -61,9 +62,9 @@ def _begin(data, target, out, arms, sources, shots, test, seed, mode, recipe, wa
     return common, [stamp, recipe.start and recipe.pretrained.name], said
 
 # %% ../nbs/41_runs.ipynb #30b1a721
-def run(data,  # folder with data sets
+def run(data: Path | str,  # folder with data sets
         target: str,  # name of the target task
-        out,  # folder of the run, new or begun
+        out: Path | str,  # folder of the run, new or begun
         arms: tuple = ("scratch", "direct-choice", "sequential"),  # of `transfer.ARMS`
         sources: int = 2,  # sources along the path
         shots: int = 3,  # labelled target patients
@@ -72,7 +73,7 @@ def run(data,  # folder with data sets
         mode: str = "default",  # of the affinity: `default` or `paper`
         recipe: Recipe = Recipe(),  # steps, rates, network, options
         wanted: dict | None = None,  # options of `datasets.read_pool`: sites, modalities, labels, cases
-        show=lambda step, total, line: print(line),  # called with every line of progress
+        show: Callable = lambda step, total, line: print(line),  # called with every line of progress
        ) -> Run:  # results and failures
     "Affinity, path, arms and report as executed notebooks; one arm that fails leaves the others alone. Raises `InputError`, or `RunError` if nothing was finished."
     data, out, failures, total = Path(data).absolute(), Path(out).absolute(), {}, len(arms) + 2
@@ -142,7 +143,7 @@ def as_html(notebook: Path,  # executed
     return to
 
 
-def report(out,  # folder of a run or of `transfer.compare`
+def report(out: Path | str,  # folder of a run or of `transfer.compare`
            images: bool = True,  # show slices of patients; they are also deleted from `figures/` where not
            anonymise: bool = False,  # write the report without names and places into `anonymous/`, and leave the other one alone
           ) -> Path:  # `report.html`
@@ -156,7 +157,7 @@ def report(out,  # folder of a run or of `transfer.compare`
     return as_html(notebook, out / "report.html")
 
 # %% ../nbs/41_runs.ipynb #47a2ce03
-def case_names(out,  # folder of a run
+def case_names(out: Path | str,  # folder of a run
               ) -> dict:  # {patient: "case 001", ...}
     "What patients are called in an anonymous report, by a key that is kept as `anonymous-key.csv`; new ones are added in random order."
     key, found = Path(out) / "anonymous-key.csv", set()

@@ -116,8 +116,8 @@ def _negative_conditional_entropy(joint: np.ndarray) -> float:
     return float(rel_entr(p, p.sum(1, keepdims=True)).sum())
 
 
-def nce(softmax,  # N x Cs, the source head's probabilities at target voxels
-        labels,  # N, target classes
+def nce(softmax: np.ndarray,  # N x Cs, the source head's probabilities at target voxels
+        labels: np.ndarray,  # N, target classes
        ) -> float:  # -H(Y|Z) in nats, in [-log C, 0], higher is better
     """Negative conditional entropy of the target class given the predicted source class (Tran et al. 2019).
     Raises `InputError` for arrays that cannot be scored."""
@@ -128,8 +128,8 @@ def nce(softmax,  # N x Cs, the source head's probabilities at target voxels
     return _negative_conditional_entropy(joint)
 
 # %% ../nbs/13_scores.ipynb #0763887e
-def leep(softmax,  # N x Cs, the source head's probabilities at target voxels
-         labels,  # N, target classes
+def leep(softmax: np.ndarray,  # N x Cs, the source head's probabilities at target voxels
+         labels: np.ndarray,  # N, target classes
         ) -> float:  # mean log likelihood in nats, at most 0, higher is better
     "Log expected empirical prediction (Nguyen et al. 2020). Raises `InputError` for arrays that cannot be scored."
     softmax = _softmax(softmax)
@@ -149,8 +149,8 @@ def _between(features: np.ndarray, codes: np.ndarray, covariance: np.ndarray) ->
     return float(share @ ((away @ inverse) * away).sum(1))
 
 
-def h_score(features,  # N x D
-            labels,  # N, target classes
+def h_score(features: np.ndarray,  # N x D
+            labels: np.ndarray,  # N, target classes
            ) -> float:  # in [0, min(D, C - 1)], higher is better
     "Between-class over total variance of the features, summed over directions (Bao et al. 2019). Raises `InputError` for arrays that cannot be scored."
     features = _features(features)
@@ -170,8 +170,8 @@ def _shrunk_covariance(features: np.ndarray) -> tuple:
     return (1 - alpha) * covariance + alpha * spread * np.eye(d), alpha
 
 
-def h_score_shrunk(features,  # N x D
-                   labels,  # N, target classes
+def h_score_shrunk(features: np.ndarray,  # N x D
+                   labels: np.ndarray,  # N, target classes
                   ) -> float:  # not negative, higher is better
     "H-score with Ledoit and Wolf's covariance (Ibrahim et al. 2022). Raises `InputError` for arrays that cannot be scored."
     features = _features(features)
@@ -186,8 +186,8 @@ def _class_gaussians(features: np.ndarray, codes: np.ndarray) -> tuple:
     return means, sum(_indicator(codes[part], len(n)) @ (f - means[codes[part]]) ** 2 for part, f in _blocks(features)) / n[:, None]
 
 
-def gbc(features,  # N x D
-        labels,  # N, target classes
+def gbc(features: np.ndarray,  # N x D
+        labels: np.ndarray,  # N, target classes
         spherical: bool = False,  # one variance a class instead of one a class and feature
        ) -> float:  # in [-C(C - 1), 0], higher is better
     """Minus the Bhattacharyya coefficients of all ordered pairs of classes as Gaussians (Pándy et al. 2022).
@@ -210,8 +210,8 @@ def _coding_rate(scatter: np.ndarray, n: int) -> float:
     return float(np.linalg.slogdet(np.eye(len(scatter)) + scatter / (n * 1e-4))[1] / 2)
 
 
-def transrate(features,  # N x D
-              labels,  # N, target classes
+def transrate(features: np.ndarray,  # N x D
+              labels: np.ndarray,  # N, target classes
              ) -> float:  # nats, not negative, higher is better
     "Coding rate of all features minus the mean rate within classes (Huang et al. 2022). Raises `InputError` for arrays that cannot be scored."
     features = _features(features)
@@ -239,8 +239,8 @@ def _log_evidence(n: int, s: np.ndarray, z2: np.ndarray, r: float) -> float:
     return max(float(heights[best]), -float(found.fun))
 
 # %% ../nbs/13_scores.ipynb #b83bb05b
-def logme(features,  # N x D
-          labels,  # N, target classes
+def logme(features: np.ndarray,  # N x D
+          labels: np.ndarray,  # N, target classes
          ) -> float:  # mean log evidence per voxel in nats, higher is better
     """Maximal log evidence of a linear model of each class, per voxel, averaged over classes (You et al. 2021).
     Raises `InputError` for arrays that cannot be scored, and when features determine a class exactly, which makes the evidence infinite."""
@@ -263,7 +263,7 @@ def logme(features,  # N x D
     return float(np.mean([_log_evidence(n, s, z2, 0.0 if e else r) for z2, r, e in zip(z**2, residual, exact)]) / n)
 
 # %% ../nbs/13_scores.ipynb #600b8947
-def balanced_sample(labels,  # N, classes
+def balanced_sample(labels: np.ndarray,  # N, classes
                     n: int,  # at most so many rows, at least one a class
                     seed: int = 0,  # of the draw
                    ) -> np.ndarray:  # ascending positions: all rows if they are not more than `n`
@@ -282,10 +282,10 @@ def balanced_sample(labels,  # N, classes
     return np.sort(np.concatenate(chosen))
 
 # %% ../nbs/13_scores.ipynb #14fdd922
-def transport(features,  # N x D, at target voxels
-              labels,  # N, target classes
-              source_features,  # Ns x D, of the same model at voxels of its own task
-              source_labels,  # Ns, source classes
+def transport(features: np.ndarray,  # N x D, at target voxels
+              labels: np.ndarray,  # N, target classes
+              source_features: np.ndarray,  # Ns x D, of the same model at voxels of its own task
+              source_labels: np.ndarray,  # Ns, source classes
               sample: int = 1000,  # at most so many voxels of each side, classes balanced
               seed: int = 0,  # of the samples
              ) -> tuple:  # (W, joint): mean squared distance of matched voxels; Cs x C matched mass, summing to 1
@@ -307,10 +307,10 @@ def transport(features,  # N x D, at target voxels
     return float((plan * cost).sum()), (t @ (s @ plan).T).T
 
 
-def otce(features,  # N x D, at target voxels
-         labels,  # N, target classes
-         source_features,  # Ns x D, of the same model at voxels of its own task
-         source_labels,  # Ns, source classes
+def otce(features: np.ndarray,  # N x D, at target voxels
+         labels: np.ndarray,  # N, target classes
+         source_features: np.ndarray,  # Ns x D, of the same model at voxels of its own task
+         source_labels: np.ndarray,  # Ns, source classes
          sample: int = 1000,  # at most so many voxels of each side, classes balanced
          seed: int = 0,  # of the samples
         ) -> float:  # -H(Y|Ys) in nats, in [-log C, 0], higher is better
@@ -333,8 +333,8 @@ def _w2(a: tuple, b: tuple) -> float:
     return float(np.sqrt(max(0.0, ((a[0] - b[0]) ** 2).sum() + (a[1] ** 2).sum() + (b[1] ** 2).sum() - 2 * overlap)))
 
 
-def gaussian_w2(a,  # n x D, n >= 2
-                b,  # m x D, m >= 2
+def gaussian_w2(a: np.ndarray,  # n x D, n >= 2
+                b: np.ndarray,  # m x D, m >= 2
                ) -> float:  # in the features' unit, lower is closer
     """Wasserstein-2 distance of the Gaussians with the means and covariances (divisor n - 1) of two samples.
     Raises `InputError` for samples of one row or of unequal width."""
@@ -344,10 +344,10 @@ def gaussian_w2(a,  # n x D, n >= 2
     return _w2(_gaussian(a), _gaussian(b))
 
 # %% ../nbs/13_scores.ipynb #d6f767b5
-def class_consistency(features,  # N x D, of one layer
-                      labels,  # N, target classes
-                      cases,  # N, the patient of each voxel
-                      background=None,  # a class to leave out; None: none
+def class_consistency(features: np.ndarray,  # N x D, of one layer
+                      labels: np.ndarray,  # N, target classes
+                      cases: np.ndarray,  # N, the patient of each voxel
+                      background: int | None = None,  # a class to leave out; None: none
                      ) -> float:  # mean W2 in the features' unit, lower is more consistent
     "Mean over classes of the mean Wasserstein-2 distance of a class in two cases. Raises `InputError` when no class has two voxels in two cases."
     features = _features(features)
@@ -363,8 +363,8 @@ def class_consistency(features,  # N x D, of one layer
     return float(np.mean(means))
 
 # %% ../nbs/13_scores.ipynb #39571c0a
-def feature_variety(features,  # N x D, of one layer
-                    cases,  # N, the patient of each voxel
+def feature_variety(features: np.ndarray,  # N x D, of one layer
+                    cases: np.ndarray,  # N, the patient of each voxel
                     sample: int = 1000,  # at most so many voxels of a case
                     seed: int = 0,  # of the sample
                    ) -> float:  # below 1.5, higher is more varied
@@ -385,10 +385,10 @@ def feature_variety(features,  # N x D, of one layer
     return float(np.mean(inverse))
 
 # %% ../nbs/13_scores.ipynb #33c24f02
-def cc_fv(features,  # N x D, of one layer; add the scores of several layers
-          labels,  # N, target classes
-          cases,  # N, the patient of each voxel
-          background=None,  # a class to leave out of the consistency; None: none
+def cc_fv(features: np.ndarray,  # N x D, of one layer; add the scores of several layers
+          labels: np.ndarray,  # N, target classes
+          cases: np.ndarray,  # N, the patient of each voxel
+          background: int | None = None,  # a class to leave out of the consistency; None: none
           sample: int = 1000,  # at most so many voxels of a case for the variety
           seed: int = 0,  # of that sample
          ) -> float:  # log of variety over consistency, higher is better

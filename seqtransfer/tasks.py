@@ -15,6 +15,7 @@ import math
 import re
 import shlex
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from pathlib import Path
@@ -137,7 +138,7 @@ def task_parts(name: str,  # of a task
     return tuple(parts) if len(parts) == 4 else (parts[0], "", *parts[1:])
 
 # %% ../nbs/00_tasks.ipynb #95d2bd92
-def read_voxels(data,  # voxels on disk, nibabel's `dataobj`
+def read_voxels(data: object,  # voxels on disk, nibabel's `dataobj`
                ) -> np.ndarray:  # all of them, as stored and scaled
     "Reads a file's voxels; raises what gzip raises for a packed file that is not as it was written."
     if type(data) is not nib.arrayproxy.ArrayProxy or not str(data.file_like).endswith((".gz", ".mgz")): return np.asanyarray(data)
@@ -175,7 +176,7 @@ _DCM2NIIX = "dcm2niix -z y -o OUT {0}"
 UNREAD = {".mha": _SIMPLEITK, ".mhd": _SIMPLEITK, ".nrrd": _SIMPLEITK, ".nhdr": _SIMPLEITK, ".dcm": _DCM2NIIX, ".ima": _DCM2NIIX, "DICOMDIR": _DCM2NIIX}
 
 
-def unread_format(path,  # a file, which need not exist; the name alone decides unless it is a DICOM file without one
+def unread_format(path: Path | str,  # a file, which need not exist; the name alone decides unless it is a DICOM file without one
                  ) -> str | None:  # e.g. "is MHA, which is not read: convert it with pip ...", None for a name that may be read
     "Why a file is not read and the command that converts it."
     path = Path(path)
@@ -221,7 +222,7 @@ def _turning(matrix: bytes, shape: tuple) -> tuple | None:
     return turn, tuple(int(shape[i]) for i in np.argsort(turn[:, 0])), affine @ nib.orientations.inv_ornt_aff(turn, shape)
 
 
-def open_volume(path,  # NIfTI file, `.hdr/.img` pair, or what else nibabel reads
+def open_volume(path: Path | str,  # NIfTI file, `.hdr/.img` pair, or what else nibabel reads
                 channel: int | None = None,  # which volume along the fourth axis; None where there is one
                ) -> Opened:  # three axes, canonical orientation, voxels not yet read
     "Opens a volume from its header; raises `InputError` for a file that is missing, no image, in a format that is not read, or not three-dimensional."
@@ -246,7 +247,7 @@ def spacing_of(affine: np.ndarray,  # voxel-to-world matrix (4, 4), mm
 
 # %% ../nbs/00_tasks.ipynb #05661dcb
 def no_numbers(x: np.ndarray,  # voxels of any shape
-               path,  # their file
+               path: Path | str,  # their file
               ) -> str | None:  # a sentence, None for numbers
     "What is wrong with voxels that are complex numbers or colours."
     return None if x.dtype.kind in "iufb" else f"{path} holds {'RGB' if x.dtype.names else x.dtype} voxels, an image holds numbers: write it anew."
@@ -264,7 +265,7 @@ def _array(img, path) -> np.ndarray:  # HWD in the type it was stored in, finite
     return x
 
 
-def read_labels(path,  # file of a label map
+def read_labels(path: Path | str,  # file of a label map
                ) -> tuple:  # (HWD integers, voxel-to-world matrix (4, 4) in mm), canonical orientation
     "Reads a label map, rounding its values; raises `InputError` naming the file that is missing, damaged, not finite, or no label map."
     img = open_volume(path)
@@ -301,14 +302,14 @@ def displacement(a: np.ndarray,  # voxel-to-world matrix (4, 4), mm
     return float(np.linalg.norm(apart, axis=1).max() / min(spacing_of(a)))
 
 
-def same_grid(a,  # opened volume
-              b,  # another one
+def same_grid(a: nib.spatialimages.SpatialImage,  # opened volume
+              b: nib.spatialimages.SpatialImage,  # another one
              ) -> bool:  # same shape, and nowhere a tenth of a voxel apart
     "Whether two volumes can be laid over each other voxel by voxel."
     return a.shape == b.shape and displacement(a.affine, b.affine, a.shape) < 0.1
 
 # %% ../nbs/00_tasks.ipynb #3ce3cdc1
-def covers(image,  # opened volume
+def covers(image: nib.spatialimages.SpatialImage,  # opened volume
            labels: np.ndarray,  # HWD, integers
            affine: np.ndarray,  # of the labels, (4, 4), mm
           ) -> bool:  # whether the image can be brought to the labels' grid
@@ -458,7 +459,7 @@ def _unpacked_digest(path: Path) -> str:
     return content_digest(path)
 
 
-def twins(files,  # of Path
+def twins(files: Iterable[Path],  # of Path
          ) -> dict:  # {file: the first file with the same content}, for files that have such another
     "Files of equal content, whatever packed them: those with the same size, or checksum, are compared by three pieces, and only those that agree in them as a whole."
     groups = [[f for f in dict.fromkeys(files) if f.is_file()]]
@@ -470,8 +471,8 @@ def twins(files,  # of Path
     return {f: group[0] for group in groups for f in group}
 
 # %% ../nbs/00_tasks.ipynb #e41556a1
-def copies_of(patients,  # names of some patients
-              pool,  # tasks that hold their cases and others
+def copies_of(patients: Iterable[str],  # names of some patients
+              pool: Iterable,  # tasks that hold their cases and others
              ) -> dict:  # {other patient: (a file of theirs, the file of which it is a copy)}
     "The patients who are one of `patients` under another name: an image, or a mask that tells who it is (`telling`), has the same content."
     owners, masks = {}, set()
@@ -491,7 +492,7 @@ def copies_of(patients,  # names of some patients
 
 
 def telling(mask: Path,  # the file of a label map's voxels
-            owners,  # (task, patient) of every file that is equal to it
+            owners: Iterable,  # (task, patient) of every file that is equal to it
            ) -> bool:  # False where two patients of one task have it, and for fewer than 100 labelled voxels
     "Whether two patients with this mask must be one: not if several of one task share it, as in made-up data, nor if it is empty or hardly more."
     if len({t for t, _ in owners}) < len(set(owners)): return False

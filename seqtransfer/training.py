@@ -14,6 +14,7 @@ import contextlib
 import os
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -77,7 +78,7 @@ def machine(threads: int | None = None,  # of torch on a CPU; those it has now w
 
 
 def check_machine(where: str,  # as `machine` says it; empty for any
-                 ):
+                 ) -> None:
     "Raises `InputError` when this is another kind of machine than was planned for."
     if where not in ("", machine()): raise InputError(f"This kernel computes on {machine()}, and {where} was planned for: run it on such a machine, or plan anew in another folder.")
 
@@ -217,7 +218,7 @@ def batches(data: list,  # what `prepare_task` returned
             stage: Stage,  # seed, steps, augmentation
             plan: Plan,  # patch and batch
             first: int = 0,  # step to begin with
-           ):  # iterator over (image, mask), each B1HWD float32 on the device
+           ) -> Iterator:  # iterator over (image, mask), each B1HWD float32 on the device
     "The batches of a stage from one step on."
     draw = patch_transform(plan, augmentation=stage.augmentation, where=data[0]["image"].device)
     layout = {"memory_format": torch.channels_last_3d} if plan.channels_last else {}
@@ -228,9 +229,9 @@ def batches(data: list,  # what `prepare_task` returned
         yield tuple(torch.stack([convert_to_tensor(d[k]) for d in drawn]).to(device(), torch.float32).contiguous(**layout) for k in ("image", "mask"))
 
 
-def ahead(items,  # iterator that makes batches
+def ahead(items: Iterable,  # iterator that makes batches
           n: int,  # how many to make before they are asked for; 0 for none
-         ):  # iterator over the same
+         ) -> Iterator:  # iterator over the same
     "Makes items in a thread while others are used; what goes wrong there is raised here."
     if not n: yield from items; return
     with ThreadPoolExecutor(1) as thread:
@@ -244,7 +245,7 @@ def step_function(net: torch.nn.Module,  # on the device, in training
                   optimiser: torch.optim.Optimizer,  # of its weights
                   criterion: torch.nn.Module,  # of logits and mask
                   plan: Plan,  # precision
-                 ):  # function of image and mask, B1HWD, to the loss before the step, a scalar on the device
+                 ) -> Callable:  # function of image and mask, B1HWD, to the loss before the step, a scalar on the device
     "One optimiser step as a function of a batch."
     reduced = plan.precision == "bfloat16"
 
@@ -308,17 +309,17 @@ def _state(net, optimiser, losses, best) -> dict:
     return {f"net {k}": v for k, v in net.named_parameters()} | moments | {"losses": losses} | {f"best {k}": v for k, v in best.items()}
 
 
-def keep_state(path,  # `.safetensors` file
+def keep_state(path: Path | str,  # `.safetensors` file
                step: int,  # steps made
                looks: list,  # Dice of the looks so far
                *state,  # network, optimiser, losses, best weights
-              ):
+              ) -> None:
     "Writes the state of a stage, whole or not at all."
     with replacing(path) as part:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in _state(*state).items()}, part, {"step": str(step), "looks": " ".join(map(repr, looks))})
 
 
-def steps_made(path,  # file of `keep_state`, which need not exist
+def steps_made(path: Path | str,  # file of `keep_state`, which need not exist
               ) -> int:  # 0 where nothing can be taken up
     "How far a stage had come."
     try:
@@ -326,7 +327,7 @@ def steps_made(path,  # file of `keep_state`, which need not exist
     except Exception: return 0
 
 
-def resume_state(path,  # file of `keep_state`
+def resume_state(path: Path | str,  # file of `keep_state`
                  net: torch.nn.Module,  # is given the weights
                  optimiser: torch.optim.Optimizer,  # is given its memory
                  losses: torch.Tensor,  # is given those so far
@@ -386,8 +387,8 @@ def train(net: torch.nn.Module,  # starts from the weights it has
           data: list,  # what `prepare_task` returned
           stage: Stage,  # steps, learning rate, seed, options
           plan: Plan,  # patch, batch, precision
-          keep=None,  # file in which the state is written down every minute, and from which it is taken up; None for none
-          log=None,  # function of (name, value, step) that is told loss, learning rate and Dice of the held-out cases
+          keep: Path | str | None = None,  # file in which the state is written down every minute, and from which it is taken up; None for none
+          log: Callable | None = None,  # function of (name, value, step) that is told loss, learning rate and Dice of the held-out cases
          ) -> pd.DataFrame:  # columns step, loss, rate, held out (Dice): means over at most 20 equal parts of the stage
     "Trains `net` in place; raises `InputError` for options that do not exist."
     data, held = split_held_out(data, stage)
@@ -423,7 +424,7 @@ class Pretrained:
 
 def begin(stage: Stage,  # its seed, task and head
           plan: Plan,  # of the target
-          init=None,  # `Trained`, `Pretrained`, or None for fresh weights
+          init: object = None,  # `Trained`, `Pretrained`, or None for fresh weights
          ) -> tuple:  # (network on the CPU, what was loaded, in words)
     "The network that a stage starts from; raises `InputError` for weights that cannot be used."
     fresh = build_network(plan, seed_for(stage.seed, "network"))
@@ -450,7 +451,7 @@ class Trained:
     executed: int  # optimiser steps taken now; 0 when the stage was found finished
 
 
-def finished(here,  # folder of a stage
+def finished(here: Path | str,  # folder of a stage
             ) -> Trained | None:  # None where it is not finished
     "A stage that was trained before."
     here = Path(here)
@@ -466,8 +467,8 @@ def about(task: Task,  # trained on
 
 # %% ../nbs/31_training.ipynb #c79db09b
 @contextlib.contextmanager
-def only_one(here,  # folder of a stage
-            ):
+def only_one(here: Path | str,  # folder of a stage
+            ) -> Iterator[None]:  # a context manager's
     "Lets one process at a time into a stage; the others wait."
     lock = FileLock(writable(here) / "lock")
     try: lock.acquire(timeout=0)
@@ -480,8 +481,8 @@ def only_one(here,  # folder of a stage
 
 def run_stage(stage: Stage,  # what to train
               plan: Plan,  # of the target
-              folder,  # where stages are kept
-              init=None,  # the stage before, as `Trained`; `Pretrained`; None for fresh weights
+              folder: Path | str,  # where stages are kept
+              init: Trained | Pretrained | None = None,  # the stage before, as `Trained`; `Pretrained`; None for fresh weights
              ) -> Trained:  # the checkpoint and its curve
     "Trains a stage, goes on with it, or finds it finished; raises `InputError` for data that cannot be read or a folder that cannot be written."
     name = stage_name(stage, plan, init.name if init else None)
@@ -510,7 +511,7 @@ def _train_stage(stage, plan, here, init) -> Trained:
 # %% ../nbs/31_training.ipynb #c341c731
 def average(models: list,  # of `Trained`, all under one plan
             plan: Plan,  # their plan
-            folder,  # where stages are kept
+            folder: Path | str,  # where stages are kept
            ) -> Trained:  # without a curve of its own
     "The mean of the weights of several stages."
     name = digest("average", *[m.name for m in models])

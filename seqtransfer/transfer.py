@@ -11,6 +11,7 @@ __all__ = ['ARMS', 'RATES', 'Recipe', 'recipe_plan', 'arm_sources', 'shared_out'
 # %% ../nbs/33_transfer.ipynb #1ccd96c3
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .affinity import affinity
 from .core import InputError, code_digest, digest, progress, read_json, replacing, write_json
 from .evaluation import evaluate, interval, overlays, paired
 from .networks import NETWORKS, Plan, load_network, plan_for
-from .paths import best_paths
+from .paths import TransferPath, best_paths
 from .tasks import Protocol, Task, TaskPool, protocol, read_case, read_task
 from .training import AUGMENTATIONS, OPTIMISERS, Pretrained, Stage, average, begin, data_digest, optimiser_for, run_stage, stage_name
 from .weights import adapt, channels_of, check_limits, read_weights
@@ -166,7 +167,7 @@ def training_tree(todo: dict,  # {arm: what `arm_stages` returned}
 def train_arm(chains: tuple,  # on sources, as `arm_stages` gives them
               last: Stage,  # on the target
               plan: Plan,  # of the target
-              folder,  # where stages are kept
+              folder: Path | str,  # where stages are kept
               start: Pretrained | None = None,  # what the first source starts from
              ) -> list:  # of (`Stage`, `Trained`), the target's last
     "Trains what an arm needs; finished stages are found and not repeated."
@@ -185,7 +186,7 @@ def train_one(name: str,  # of the stage, as `stage_names` gives it
               chains: tuple,  # on sources, as `arm_stages` gives them
               last: Stage,  # on the target
               plan: Plan,  # of the target
-              folder,  # where stages are kept
+              folder: Path | str,  # where stages are kept
               start: Pretrained | None = None,  # what the first source starts from
              ) -> tuple:  # (`Stage`, `Trained`)
     "Trains an arm as far as one of its stages; raises `InputError` if it has no stage of that name."
@@ -233,9 +234,9 @@ def run_arm(arm: str,  # one of `ARMS`
             split: Protocol,  # few-shot, test and source cases
             plan: Plan,  # of the target
             recipe: Recipe,  # steps, rates, options
-            out,  # folder of the comparison
+            out: Path | str,  # folder of the comparison
             label: str | None = None,  # what the results call it, where an arm is run along several paths (`arm_label`); the arm's name when None
-            stages=None,  # folder where stages are kept; `stages` in `out` when None
+            stages: Path | str | None = None,  # folder where stages are kept; `stages` in `out` when None
            ) -> dict:  # what stands in `arms/<label>-seed<n>.json`
     "Trains and tests one arm; finished stages, and a finished arm, are found and not repeated."
     label, stages = label or arm, Path(stages or Path(out) / "stages")
@@ -333,7 +334,7 @@ def readable(summary: pd.DataFrame,  # as `Comparison.summary` returns it
 
 # %% ../nbs/33_transfer.ipynb #d0239643
 def arm_path(arm: str,  # one of `ARMS`
-             sources,  # names along the path
+             sources: Sequence[str],  # names along the path
              target: str,  # name of the target task
             ) -> str:  # e.g. `A -> B -> T`; `A + B -> T` mixed, `A | B -> T` averaged
     "What an arm is trained on, in words."
@@ -342,7 +343,7 @@ def arm_path(arm: str,  # one of `ARMS`
     return f"{before} -> {target}" if before else target
 
 # %% ../nbs/33_transfer.ipynb #ca9021de
-def arm_files(out,  # folder of a comparison
+def arm_files(out: Path | str,  # folder of a comparison
              ) -> list:  # of Path, in the order of `ARMS`, then by label and seed
     "The results of the arms that are finished."
     def place(file):
@@ -352,7 +353,7 @@ def arm_files(out,  # folder of a comparison
     return sorted((f for f in (Path(out) / "arms").glob("*.json") if known.fullmatch(f.stem)), key=place)
 
 
-def read_results(out,  # folder of a comparison
+def read_results(out: Path | str,  # folder of a comparison
                 ) -> Comparison:  # the arms that are finished, in the order of `ARMS`
     "Reads what the arms left; raises `InputError` when no arm is finished."
     out, found = Path(out), [read_json(f) for f in arm_files(out)]
@@ -364,7 +365,7 @@ def read_results(out,  # folder of a comparison
         {(r.get("label", r["arm"]), r["seed"]): out / "overlays" / f"{arm_stem(r.get('label', r['arm']), r['seed'])}.npz" for r in found})
 
 # %% ../nbs/33_transfer.ipynb #42b6a5e4
-def open_run(out,  # folder of a comparison, new or begun
+def open_run(out: Path | str,  # folder of a comparison, new or begun
              settings: dict,  # everything the arms have in common
             ) -> Path:  # `out`
     "Begins a comparison or goes on with it; raises `InputError` when the folder holds another one."
@@ -378,7 +379,7 @@ def open_run(out,  # folder of a comparison, new or begun
 
 # %% ../nbs/33_transfer.ipynb #df899716
 def check_cases(task: Task,  # the test cases
-               ):
+               ) -> None:
     "Reads every case and forgets it; raises `InputError` naming the first that cannot be used."
     for case in progress(task.cases, "checking the test cases"): read_case(case)
 
@@ -422,15 +423,15 @@ def _of_seed(pool, target, path, choice, arms, shots, seed, test, recipe, source
 # %% ../nbs/33_transfer.ipynb #bd5e58a6
 def compare(pool: TaskPool,  # sources and target
             target: str,  # name of the target task
-            path=None,  # the sources, first to last: names, or a `TransferPath`; chosen by the affinity for each seed when None
-            choice=None,  # of a given path: the first choice of one source, a name or a `TransferPath` of one
+            path: TransferPath | Sequence[str] | None = None,  # the sources, first to last: names, or a `TransferPath`; chosen by the affinity for each seed when None
+            choice: TransferPath | str | None = None,  # of a given path: the first choice of one source, a name or a `TransferPath` of one
             arms: tuple = ("scratch", "direct-choice", "sequential"),  # of `ARMS`
             seeds: tuple = (0,),  # of split, weights, patches; all arms are run for each
             shots: int = 3,  # labelled target patients
             test: int | None = None,  # test patients; all others when None
             recipe: Recipe = Recipe(),  # steps, rates, options
             sources: int = 2,  # along a path that is to be chosen
-            out="comparison",  # folder for stages and results; finished parts are found again
+            out: Path | str = "comparison",  # folder for stages and results; finished parts are found again
            ) -> Comparison:  # per-case scores, curves, summary
     """Trains and tests the arms under one protocol (`tasks.protocol`); raises `InputError` for unusable input.
     A path that is given must come from an affinity with the same target, shots, seed and test, or from knowledge of no test patient."""
@@ -454,7 +455,7 @@ def compare(pool: TaskPool,  # sources and target
     return read_results(out)
 
 
-def write_protocol(out,  # folder of a comparison
+def write_protocol(out: Path | str,  # folder of a comparison
                    split: Protocol,  # as it was used
                   ) -> Path:  # `protocol-seed<n>.json`
     "Writes who was trained on, who was tested, and what was removed from the sources."

@@ -56,7 +56,7 @@ def _flat(data: dict) -> dict:
 _AS_SAFETENSORS = "where you trust its origin, open it yourself and keep the weights alone with safetensors.torch.save_file"
 
 
-def read_weights(path,  # `.safetensors`, `.pt`, `.pth` or `.ckpt` file
+def read_weights(path: Path | str,  # `.safetensors`, `.pt`, `.pth` or `.ckpt` file
                 ) -> dict:  # tensors by name, on the CPU
     "The weights in a file, of which nothing is ever executed; raises `InputError` naming the file when it is missing, damaged, of another kind, or holds more than weights."
     path = Path(path)

@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -27,7 +28,7 @@ from .phantom import DEMO, FETS, ISEG, WMH2017, Grid, grid_of, patient
 def stored(voxels: np.ndarray,  # HWD, right-anterior-superior
            grid: Grid,  # its voxels
            axes: str = "RAS",  # directions in which the file's axes run, e.g. `LPS`
-           kind=nib.Nifti1Image,  # nibabel's class of the file
+           kind: type = nib.Nifti1Image,  # nibabel's class of the file
           ) -> nib.Nifti1Image:  # ready to be written
     "A volume in the orientation of a data set."
     affine = np.diag([grid.voxel] * 3 + [1.0])
@@ -40,7 +41,7 @@ def stored(voxels: np.ndarray,  # HWD, right-anterior-superior
     return image
 
 
-def save_volume(path,  # file to write: `.nii.gz`, or `.hdr`, which brings its `.img`
+def save_volume(path: Path | str,  # file to write: `.nii.gz`, or `.hdr`, which brings its `.img`
                 image: nib.Nifti1Image,  # what `stored` returned
                ) -> Path:  # `path`
     "Writes a volume, whole or not at all; the same voxels give the same bytes."
@@ -145,7 +146,7 @@ def _layouts(like): return ("fets2022", "iseg2019", "wmh2017") if like == "all" 
 
 
 def cohort_sizes(like: str,  # one of `LIKE`
-                 cases="8",  # patients in each cohort, `paper` for the real numbers, `paper/10` for a tenth of them
+                 cases: int | str = "8",  # patients in each cohort, `paper` for the real numbers, `paper/10` for a tenth of them
                 ) -> dict:  # layout -> list of (cohort, patients)
     "How many patients each institution or site gets; raises `InputError` for a layout or number that does not exist."
     if like not in LIKE: raise InputError(f"There is no phantom layout {like!r}: choose one of {', '.join(LIKE)}.")
@@ -179,10 +180,10 @@ def _holds(folder: Path, parameters: dict) -> bool:
 def _files(folder: Path) -> int: return sum(path.is_file() for path in folder.rglob("*"))
 
 
-def write_zoo(out,  # folder to write into; new, empty, or holding this very zoo
+def write_zoo(out: Path | str,  # folder to write into; new, empty, or holding this very zoo
               like: str = "nnunet",  # layout on disk, one of `LIKE`
-              size=48,  # voxels along each axis, or three numbers
-              cases="8",  # patients at each institution or site, or `paper`, or `paper/10`
+              size: int | Sequence[int] = 48,  # voxels along each axis, or three numbers
+              cases: int | str = "8",  # patients at each institution or site, or `paper`, or `paper/10`
               seed: int = 0,  # the same seed gives the same bytes
               jobs: int | None = None,  # processes; all cores if there is enough to do when None
              ) -> Path:  # the folder

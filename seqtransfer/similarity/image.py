@@ -7,6 +7,7 @@ __all__ = ['GRID', 'SIGNS', 'resize_matrix', 'stored_order', 'reached', 'resize'
            'quantile_distance', 'wasserstein_matrix', 'Tissue', 'bounds', 'tissue', 'ImageSignature', 'image_signature']
 
 # %% ../../nbs/10_similarity.image.ipynb #83b04f80
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -65,7 +66,7 @@ def stored_order(volume: np.ndarray,  # HWD
     return sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
 
 
-def reached(volume,  # ...HWD float array: the part of a larger volume that is not 0
+def reached(volume: np.ndarray,  # ...HWD float array: the part of a larger volume that is not 0
             shape: tuple = GRID,  # voxels wanted along H, W, D of the larger volume
             box: tuple | None = None,  # where in the larger volume that part lies (three slices); all of it when None
             size: tuple | None = None,  # voxels of the larger volume
@@ -160,8 +161,8 @@ def _block(a: list, b: list, start: int, stop: int) -> np.ndarray:
     return cdist(np.stack([x[i] for x in a]) * widths, np.stack([x[j] for x in b]) * widths, "cityblock")
 
 
-def wasserstein_matrix(samples,  # A sorted 1-D samples, of any lengths
-                       others=None,  # B more; the same ones when None
+def wasserstein_matrix(samples: Sequence[np.ndarray],  # A sorted 1-D samples, of any lengths
+                       others: Sequence[np.ndarray] | None = None,  # B more; the same ones when None
                        threads: int = 1,  # blocks computed at a time
                        chunk: int = 8192,  # intervals in a block; bounds the memory
                       ) -> np.ndarray:  # (A, B) in the unit of the samples
@@ -205,7 +206,7 @@ class Tissue:
         here, there = (tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(both, of)) for of in (self.box, box))
         return replace(self, box=tuple(both), raw=self.raw[here], inside=self.inside[here]), there
 
-    def z(self, where=..., out: np.ndarray | None = None) -> np.ndarray:  # normalised, 0 in the background, the type of `raw`
+    def z(self, where: object = ..., out: np.ndarray | None = None) -> np.ndarray:  # normalised, 0 in the background, the type of `raw`
         "The z-scores of the box, or those at an index into it; written into `out` if that is given."
         raw, kind = self.raw[where], self.raw.dtype.type
         out = np.multiply(raw, kind(1 / self.sd if self.sd else 0), out=out)
@@ -229,7 +230,7 @@ def bounds(mask: np.ndarray,  # HWD bool
 
 
 def tissue(image: np.ndarray,  # HWD, raw, any numbers
-           kind=np.float32,  # precision of `raw`
+           kind: type = np.float32,  # precision of `raw`
           ) -> Tissue:  # its box and normalisation
     "Finds the foreground of a volume; raises `InputError` for a constant one."
     level, share = border(image)

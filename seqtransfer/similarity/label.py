@@ -6,6 +6,7 @@
 __all__ = ['ssim', 'LabelSignature', 'on_grid', 'label_signature', 'overlaps', 'ssim_matrix']
 
 # %% ../../nbs/11_similarity.label.ipynb #2b220a42
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -57,9 +58,9 @@ def label_signature(mask: np.ndarray,  # HWD bool
     return LabelSignature(np.sort(flat).astype(np.int32), prod(shape), float(np.count_nonzero(mask) * voxel))
 
 # %% ../../nbs/11_similarity.label.ipynb #dc2b890b
-def overlaps(signatures,  # sequence of N `LabelSignature` on one grid
+def overlaps(signatures: Sequence[LabelSignature],  # sequence of N `LabelSignature` on one grid
              block: int | None = None,  # voxels multiplied at a time; as many as take 256 MB when None
-             rows=None,  # positions whose pairs are wanted; all when None
+             rows: Sequence[int] | None = None,  # positions whose pairs are wanted; all when None
             ) -> np.ndarray:  # (N, N) float64, or (rows, N): how many voxels each pair of masks shares
     "Counts of shared voxels; the diagonal holds the masks' own sizes."
     voxels, used = [s.voxels for s in signatures], np.zeros(signatures[0].size, bool)
@@ -75,10 +76,10 @@ def overlaps(signatures,  # sequence of N `LabelSignature` on one grid
     return gram
 
 # %% ../../nbs/11_similarity.label.ipynb #719d2664
-def ssim_matrix(signatures,  # sequence of N `LabelSignature` on one grid
+def ssim_matrix(signatures: Sequence[LabelSignature],  # sequence of N `LabelSignature` on one grid
                 k1: float = 0.3,  # constant of the mean term
                 k2: float = 0.3,  # constant of the covariance term
-                rows=None,  # positions whose pairs are wanted; all when None
+                rows: Sequence[int] | None = None,  # positions whose pairs are wanted; all when None
                ) -> np.ndarray:  # (N, N), symmetric, 1 on the diagonal; or (rows, N)
     "`ssim` of all pairs of masks, from the counts of shared voxels."
     n, c1, c2 = signatures[0].size, k1**2, k2**2

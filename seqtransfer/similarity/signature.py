@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'Manner', 'Signatures', 'keys_of', 'signature_name', 'Signat
 # %% ../../nbs/11_similarity.signature.ipynb #3bab821a
 import os
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..core import InputError, cache_folder, code_digest, digest, progress, repl
 from .image import ImageSignature, image_signature, tissue
 from .label import LabelSignature, label_signature
 from .object import ObjectSignature, object_signature, shell
-from ..tasks import case_masks, content_digest, files_of, read_image, read_labels, spacing_of
+from ..tasks import Case, case_masks, content_digest, files_of, read_image, read_labels, spacing_of
 
 # %% ../../nbs/11_similarity.signature.ipynb #5ffabee3
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Signatures:
 KINDS = {"images": ImageSignature, "labels": LabelSignature, "objects": ObjectSignature}
 
 
-def keys_of(case,  # a `Case`
+def keys_of(case: Case,  # a `Case`
            ) -> dict:  # kind -> key
     "Where the signatures of a case stand."
     return {"images": case.image_key, "labels": case.mask_key, "objects": (case.image_key, case.mask_key)}
 
 # %% ../../nbs/11_similarity.signature.ipynb #be554814
 def signature_name(kind: str,  # key of `KINDS`
-                   case,  # a `Case`
+                   case: Case,  # a `Case`
                    manner: Manner,  # how it is taken
                    device: str = "cpu",  # where images are resized: the last digits differ between kinds of devices
                   ) -> str:  # 16 hexadecimal digits
@@ -76,7 +77,7 @@ class SignatureCache:
         "Where a signature is kept, in one of 256 folders."
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def get(self, kind: str, name: str):  # a signature of the kind, or None
+    def get(self, kind: str, name: str) -> object | None:  # a signature of the kind, or None
         "The signature of that name; None where there is none that can be used."
         path = self.path(name)
         if not path.exists(): return None
@@ -87,7 +88,7 @@ class SignatureCache:
         except (SafetensorError, OSError, ValueError): pass
         self.spoilt.append(path)
 
-    def put(self, name: str, signature):
+    def put(self, name: str, signature: object) -> None:
         "Keeps a signature, whole or not at all."
         if self.unwritten: return
         arrays = {f.name: np.atleast_1d(np.asarray(getattr(signature, f.name))) for f in fields(signature)}
@@ -95,7 +96,7 @@ class SignatureCache:
             with replacing(self.path(name)) as part: save_file(arrays, part, {"version": self.version})
         except (InputError, OSError, SafetensorError) as e: self.unwritten = str(e)
 
-    def tell(self):
+    def tell(self) -> None:
         "Warns of what could not be read or written."
         if self.spoilt:
             more = f" and {len(self.spoilt) - 1} more" if self.spoilt[1:] else ""
@@ -106,7 +107,7 @@ class SignatureCache:
 def _field(array: np.ndarray, kind) -> object: return array if kind is np.ndarray else kind(array[0])
 
 # %% ../../nbs/11_similarity.signature.ipynb #d353d110
-def read_group(cases,  # that have one label map
+def read_group(cases: Iterable[Case],  # that have one label map
                manner: Manner = Manner(),  # how signatures are taken
                cache: SignatureCache | None = None,  # where they are looked for and kept
                device: str = "cpu",  # where images are resized and projected
@@ -150,10 +151,10 @@ def _mask(case, labels: np.ndarray, affine: np.ndarray) -> tuple:
     return found, label_signature(inner, box=box, size=mask.shape, voxel=float(np.prod(spacing_of(affine))))
 
 # %% ../../nbs/11_similarity.signature.ipynb #7fe64c60
-def in_threads(work,  # function of one item
+def in_threads(work: Callable,  # function of one item
                items: list,  # what it is called with
                text: str,  # what is being done, for the reader
-              ):  # iterator over the results, in the order of the items
+              ) -> Iterator:  # iterator over the results, in the order of the items
     "Calls `work` from one thread for each core, with progress."
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(8, cpu_count())) as threads:
         try: yield from progress(threads.map(work, items), text, total=len(items))
@@ -161,7 +162,7 @@ def in_threads(work,  # function of one item
 
 
 def check_device(device: str,  # "cpu", or as torch names its devices
-                ):
+                ) -> None:
     "Raises `InputError` for a device that this machine does not have."
     if device == "cpu": return
     import torch
@@ -170,7 +171,7 @@ def check_device(device: str,  # "cpu", or as torch names its devices
         raise InputError(f"There is no device {device!r} here ({str(e).splitlines()[0].rstrip('.')}): leave it out to use the CPU.") from e
 
 
-def signatures(cases,  # any cases
+def signatures(cases: Iterable[Case],  # any cases
                manner: Manner = Manner(),  # how signatures are taken
                keep: bool = True,  # look in the cache, and keep there what had to be computed
                device: str = "cpu",  # where images are resized and projected
