@@ -105,7 +105,7 @@ export function weighted(terms, names, weights, n) {
   return out;
 }
 
-const say = x => (x === null || x === undefined || Number.isNaN(x) ? "none" : x === 0 ? "0" : Math.abs(x) >= 1000 || Math.abs(x) < 0.001 ? x.toExponential(2) : String(Number(x.toPrecision(3))));
+const say = x => (x === null || x === undefined || Number.isNaN(x) ? "none" : x === 0 ? "0" : Math.abs(x) >= 1e6 || Math.abs(x) < 0.001 ? x.toExponential(2) : String(Number(x.toPrecision(3))));
 
 // ---------------------------------------------------------------------------------------------------------------- page
 
@@ -201,14 +201,14 @@ function render({ model, el }) {
     } else {
       const given = model.get("_answer"), asked = JSON.stringify([model.get("target"), model.get("sources"), model.get("strategy"), model.get("weights")]);
       if (about.kernel && given && JSON.stringify(given.asked) === asked) { answers = given.paths.map(p => ({ path: p.map(x => at.get(x)), ...pathCost(distance, n, p.map(x => at.get(x)), at.get(model.get("target"))) })); said = given.said; }
-      else { answers = []; said = about.kernel ? "Python is searching ..." : "This page searches up to three sources among all tasks; the rest needs Python: open the widget in a notebook."; }
+      else { answers = []; said = about.kernel ? `Python is searching ...${model.get("strategy") === "landmarks" && n > 50 ? " The communities of so many tasks take minutes." : ""}` : "This page searches up to three sources among all tasks; the rest needs Python: open the widget in a notebook."; }
     }
     if (mine && here()) put({ path: answers.length ? answers[0].path.map(i => names[i]) : [], runners_up: answers.slice(1).map(p => p.path.map(i => names[i])) });
     mine = false;
   }
 
   function arrange() { // rows and columns stand in one order
-    const g = model.get("group"), labels = g === "none" ? names.map(() => "") : names.map((_, i) => String(about.groups_of[g][i])), t = at.get(model.get("target"));
+    const g = model.get("group"), known = g === "community" ? model.get("_communities") : about.groups_of[g] || [], labels = names.map((_, i) => String(known[i] ?? "")), t = at.get(model.get("target"));
     const near = i => (i === t ? -Infinity : distance[i * n + t]);
     permutation = [...names.keys()].sort((a, b) => (labels[a] < labels[b] ? -1 : labels[a] > labels[b] ? 1 : (model.get("order") === "distance" ? near(a) - near(b) : 0) || (names[a] < names[b] ? -1 : 1)));
     groupsAt = [];
@@ -273,7 +273,7 @@ function render({ model, el }) {
       ...(known ? [make("li", {}, make("span", { className: "stop target" }, names[t]))] : []));
     const other = answers.length && known && answers[0].path.join() !== path.join() ? " This is not the best of them." : "";
     note.textContent = said || (known ? `Cost ${say(cost.cost)}.${other}${answers[0] && answers[0].tied ? " Another path costs the same." : ""}` : "");
-    rest.replaceChildren(...(answers.length ? [make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "best and runners-up"), make("th", { scope: "col", className: "n" }, "cost more"))), make("tbody", {}, ...answers.map((p, k) => {
+    rest.replaceChildren(...(answers.length ? [make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "best and runners-up"), make("th", { scope: "col", className: "n" }, "cost"))), make("tbody", {}, ...answers.map((p, k) => {
       const pick = make("button", { type: "button", ariaPressed: String(p.path.join() === path.join()) }, p.path.map(i => names[i]).join(" → "));
       pick.addEventListener("click", () => { put({ path: p.path.map(i => names[i]) }); soon(false); });
       return make("tr", {}, make("td", {}, pick), make("td", { className: "n" }, k ? `+${say(p.cost - answers[0].cost)}` : say(p.cost)));
@@ -335,10 +335,10 @@ function render({ model, el }) {
   });
   target.addEventListener("change", () => ask({ target: target.value }));
   strategy.addEventListener("change", () => ask({ strategy: strategy.value }));
-  group.addEventListener("change", () => { put({ group: group.value }); soon(true); });
+  group.addEventListener("change", () => { put({ group: group.value }); if (group.value === "community" && !model.get("_communities").length) readout.textContent = "Python is looking for the communities; of a hundred tasks that takes minutes."; soon(true); });
   order.addEventListener("change", () => { put({ order: order.value }); soon(true); });
   sources.addEventListener("change", () => { const k = Math.round(Number(sources.value)); if (k >= 1 && k <= n - 1) ask({ sources: k }); else sources.value = model.get("sources"); });
-  const heard = { "change:target": true, "change:sources": true, "change:strategy": true, "change:weights": true, "change:group": true, "change:order": true, "change:_answer": true, "change:path": false };
+  const heard = { "change:target": true, "change:sources": true, "change:strategy": true, "change:weights": true, "change:group": true, "change:order": true, "change:_answer": true, "change:_communities": true, "change:path": false };
   for (const [event, anew] of Object.entries(heard)) model.on(event, () => soon(anew));
   const newPair = () => { show(); soon(false); };
   model.on("change:pair", newPair); model.on("change:_detail", show);
