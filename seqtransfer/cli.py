@@ -170,6 +170,7 @@ def affinity(
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="The task you want to segment: only its --shots patients are read, and its test patients are removed everywhere. Without it all patients are used; choose no path from that matrix.")] = None,
     shots: Shots = 3, test: Test = None, seed: Seed = 0, mode: Mode = "default",
     out: Annotated[Path, typer.Option(help="Table to write, .csv or .parquet, one row per ordered pair with 95 % intervals; a heatmap is drawn beside it (.png).")] = Path("affinity.csv"),
+    html: Annotated[Optional[Path], typer.Option(help="Also write the matrix as one page that can be moved with the mouse, without Python and without a network; it shows a slice of each task.")] = None,
     sampled: Sampled = 10, device: Device = "cpu", as_json: Json = False,
     sites: Sites = None, modalities: Modalities = None, labels: Labels = None, cases: Cases = None,
 ) -> None:
@@ -179,14 +180,19 @@ def affinity(
     from seqtransfer.datasets import read_pool
     if out.suffix not in (".csv", ".parquet"): raise InputError(f"The table is a CSV or parquet file, and {out} ends in neither: call it {out.stem}.csv or {out.stem}.parquet.")
     writable(out.absolute().parent)
-    a = module.affinity(read_pool(data, **_wanted(sites, modalities, labels, cases)), mode=mode, target=target, shots=shots, seed=seed, test=test, cases=sampled, device=device)
+    if html is not None: writable(html.absolute().parent)
+    pool = read_pool(data, **_wanted(sites, modalities, labels, cases))
+    a = module.affinity(pool, mode=mode, target=target, shots=shots, seed=seed, test=test, cases=sampled, device=device)
     a.save(out)
     with replacing(out.with_suffix(".png")) as part: plots.affinity_heatmap(a).figure.savefig(part, bbox_inches="tight", dpi=110)
+    if html is not None:
+        from seqtransfer.widgets import AffinityExplorer
+        AffinityExplorer(a, pool, target=target).save_html(html)
     table = a.frame(intervals=True).sort_values("Distance", kind="stable")
     shown = table if as_json else table.head(len(a.names)).drop(columns=[c for c in table if c.endswith((" low", " high")) and not c.startswith("Distance")])
     show_table(shown, f"The {len(shown)} nearest of {len(table)} ordered pairs; low and high: 95 % interval under resampled patients", as_json)
     beside = [out.with_suffix(".json")] if out.suffix == ".csv" else []
-    err_console.print(f"wrote {', '.join(map(str, [out, *beside, out.with_suffix('.png')]))}", markup=False, highlight=False)
+    err_console.print(f"wrote {', '.join(map(str, [out, *beside, out.with_suffix('.png'), *([html] if html is not None else [])]))}", markup=False, highlight=False)
 
 # %% ../nbs/60_cli.ipynb #b4fa87fa
 @app.command()

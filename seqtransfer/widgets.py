@@ -103,12 +103,14 @@ def histograms(volume: Volume,  # a case
     return {"inside": np.round(share(volume.mask), 4).tolist(), "around": np.round(share(tissue & ~volume.mask), 4).tolist(), "low": low, "high": high}
 
 
-def look(task: Task,  # at its first case
+def look(task: Task,  # at one of its cases
+         patients: Iterable[str] = (),  # of whom the affinity knows; the first case of one of them, of any where there is none
         ) -> dict:  # of `thumbnail` and `histograms`, and patient; or said: why it cannot be read
     "What is shown of a task; a file that cannot be read is said, not raised, since the rest can still be looked at."
-    try: volume = read_case(task.cases[0])
+    case = next((c for c in task.cases if c.patient in set(patients)), task.cases[0])
+    try: volume = read_case(case)
     except InputError as e: return {"said": str(e)}
-    return {**thumbnail(volume), **histograms(volume), "patient": task.cases[0].patient}
+    return {**thumbnail(volume), **histograms(volume), "patient": case.patient}
 
 # %% ../nbs/51_widgets.ipynb #450f45f1
 STRATEGIES = {"exact": "all tasks, the exact best", "landmarks": "landmarks of communities (paper)"}
@@ -216,6 +218,11 @@ def _group_by(self):
     if self.group == "community" and not self._communities: self._communities = task_communities(self.affinity, list(self.pool.values()))
 
 
+def _seen(self, name: str) -> dict:
+    if name not in self.pool: return {"said": "The pool does not hold this task."}
+    return look(self.pool[name], self.affinity.parameters.get("tasks", {}).get(name, {}).get("patients", ()))
+
+
 def _look(self):
     "Reads what is to be shown of the pair, and its intervals under the weights of the affinity."
     if len(self.pair) != 2: return
@@ -223,7 +230,7 @@ def _look(self):
     ends = term_bounds(self.affinity)
     if self.weights == _checked_weights(self.affinity.weights, self.affinity.terms) and (whole := self.affinity.interval()) is not None: ends["Distance"] = whole
     for name in self.pair if self.pool else ():
-        if name not in self._looks: self._looks[name] = look(self.pool[name]) if name in self.pool else {"said": "The pool does not hold this task."}
+        if name not in self._looks: self._looks[name] = _seen(self, name)
     self._detail = {"pair": self.pair, "bounds": {t: [None if np.isnan(x) else float(x) for x in e[:, i, j]] for t, e in ends.items()}, "tasks": {n: self._looks[n] for n in self.pair if n in self._looks}}
 
 
@@ -250,7 +257,7 @@ def _json(value) -> str:
 # %% ../nbs/51_widgets.ipynb #9f4312c8
 def _html(self, title: str, pictures: bool) -> str:
     "The page as text."
-    shown = {n: look(self.pool[n]) for n in progress([n for n in self.affinity.names if n in self.pool], "pictures")} if pictures and self.pool else {}
+    shown = {n: _seen(self, n) for n in progress([n for n in self.affinity.names if n in self.pool], "pictures")} if pictures and self.pool else {}
     ends = term_bounds(self.affinity)
     none = np.full((2, *2 * (len(self.affinity.names),)), np.nan, np.float32)
     bounds = packed(m for t in self.affinity.terms for m in ends.get(t, none)) if ends else b""
