@@ -6,11 +6,13 @@ READY := $(VENV)/.ready
 PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/explanations/*.ipynb) nbs/benchmarks.ipynb nbs/index.ipynb
 TEMPLATES := affinity stage transfer_path report grid
 
-.PHONY: help install demo test notebooks export readme record transfer compare grid bench lab clean
+.PHONY: help install demo test test-browser docs notebooks export readme record transfer compare grid bench lab clean
 
 help:
 	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
 	@echo "make test       the notebooks' own tests, pytest, and the three gates (about 20 minutes)"
+	@echo "make test-browser  the heatmap in a real browser: JupyterLab and the page without a kernel (installs Debian's Chromium; about 1 minute)"
+	@echo "make docs       build the site with Quarto"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make export     package and templates from the notebooks; make readme: README.md from nbs/index.ipynb"
 	@echo "make notebooks  execute every notebook in place, clean, export, readme"
@@ -39,7 +41,12 @@ demo: $(READY)
 # One thread a notebook: two run at a time, and more threads than cores are slower than too few.
 test: $(READY)
 	OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2 --dist loadfile
+
+# Debian's Chromium; where there is no apt-get, a Chromium or Chrome that is there will do.
+test-browser: $(READY)
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || { echo "There is no Chromium, and it could not be installed: install it (Debian: sudo apt-get install chromium), then run make test-browser again."; exit 1; }
+	$(BIN)/python -m pytest tests/browser
 
 # With a cache of their own that is empty, so that no page says what an older version of the code left there.
 notebooks: $(READY)

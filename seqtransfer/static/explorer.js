@@ -234,7 +234,7 @@ function render({ model, el }) {
   function draw() {
     paint();
     const ratio = window.devicePixelRatio || 1, wide = Math.max(300, canvas.clientWidth), style = getComputedStyle(root), ink = style.getPropertyValue("--ink"), soft = style.getPropertyValue("--soft"), mark = style.getPropertyValue("--mark"), run = style.getPropertyValue("--run");
-    const named = n <= 40, left = Math.min(190, wide * 0.3), right = 54, top = 22, size = Math.min(wide - left - right, 640), cell = size / n, high = top + size + 8, shown = names.map(x => x);
+    const named = n <= 40, left = Math.min(190, wide * 0.3), right = 72, top = 22, size = Math.min(wide - left - right, 640), cell = size / n, high = top + size + 8, shown = names.map(x => x);
     box = { left, top, size, cell };
     canvas.style.height = `${high}px`;
     canvas.width = wide * ratio; canvas.height = high * ratio;
