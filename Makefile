@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
-PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/explanations/*.ipynb) nbs/benchmarks.ipynb nbs/index.ipynb
+PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/explanations/*.ipynb) nbs/benchmarks.ipynb nbs/gallery.ipynb nbs/index.ipynb
 TEMPLATES := affinity stage transfer_path report grid
 
 .PHONY: help install demo test test-browser docs notebooks export readme record transfer compare grid bench lab clean
@@ -65,6 +65,13 @@ export: $(READY)
 
 readme: $(READY)
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
+	@sed -E 's#\]\(((tutorials|howto|explanations|experiments)/[^)]*|[0-9a-z_.]+\.ipynb[^)]*)\)#](nbs/\1)#g' README.md > .part && mv .part README.md
+
+# Quarto says what it could not resolve and ends well all the same.
+docs: $(READY)
+	@command -v quarto > /dev/null || { echo "The site is built by Quarto, which is not here: get it from https://quarto.org/docs/get-started, then run make docs again."; exit 1; }
+	PATH="$(BIN):$$PATH" $(BIN)/nbdev_docs > .docs.log 2>&1 || { cat .docs.log; exit 1; }
+	@cat .docs.log; ! grep -i "Unable to resolve" .docs.log
 
 record: $(READY)
 	bash nbs/records/record.sh

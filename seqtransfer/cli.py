@@ -36,7 +36,7 @@ def _cell(x) -> str:
     return f"{x:.3f}" if isinstance(x, float) else str(x)
 
 
-def show_table(frame: "pd.DataFrame",  # pandas table
+def show_table(frame: object,  # pandas table
                title: str,  # above it
                as_json: bool,  # print JSON records instead
               ) -> None:
