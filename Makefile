@@ -80,7 +80,7 @@ transfer: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/transfer.py demo/transfer
 
 compare: $(READY)
-	$(BIN)/python nbs/records/compare.py demo/compare
+	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/compare.py demo/compare
 
 grid: $(READY)
 	$(BIN)/python nbs/records/grid.py demo/grid

@@ -147,7 +147,7 @@ def agreement(rows: pd.DataFrame,  # as from `costs`
     return np.stack(found, axis=1)
 
 
-ANGLES = np.arange(91)  # degrees from the first of two terms to the second
+ANGLES = range(91)  # degrees from the first of two terms to the second
 
 
 def angle_weights(degrees: Sequence[float] = ANGLES,  # between 0 and 90
@@ -160,7 +160,7 @@ def angle_weights(degrees: Sequence[float] = ANGLES,  # between 0 and 90
 def _by_grid(rows, terms, seed) -> np.ndarray:
     "The best of the angles; among equals the one nearest to 45 degrees."
     mean = agreement(rows, terms, angle_weights()).mean(axis=1)
-    best = ANGLES[mean >= mean.max() - 1e-12]
+    best = np.flatnonzero(mean >= mean.max() - 1e-12)
     return angle_weights(best[np.argmin(np.abs(best - 45))])
 
 # %% ../nbs/35_calibration.ipynb #ae510c69

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +106,10 @@ class Question:
     said: tuple = ()  # sentences on what will not be kept of the weights to start from
 
 
-def _sequences(grid: Grid, names: list, near, target: str) -> tuple:
-    "The paths of a target."
+def _sequences(grid: Grid, near, target: str) -> tuple:
+    "The paths of a target; all of them are in the order of their costs."
     if grid.paths == "chosen": return (best_paths(near, target, grid.sources)[0].sources,)
-    return tuple(permutations(names, grid.sources)) if grid.paths == "all" else grid.paths
+    return tuple(p.sources for p in best_paths(near, target, grid.sources, top=10**6)) if grid.paths == "all" else grid.paths
 
 
 def ask(pool: TaskPool,  # all tasks
@@ -124,7 +123,7 @@ def ask(pool: TaskPool,  # all tasks
     names = [n for n in split.sources.names if n in (grid.among or split.sources.names)]
     if not 1 <= grid.sources <= len(names): raise InputError(f"A path to {target} can have 1 to {len(names)} sources, not {grid.sources}: ask for another number.")
     near = affinity(TaskPool(tuple(pool[n] for n in pool.names if n in (*names, target))), target=target, shots=grid.shots, seed=seed, test=grid.test)
-    paths = _sequences(grid, names, near, target)
+    paths = _sequences(grid, near, target)
     for p in paths: _known(p, names, f"on a path to {target}", "The grid")
     costs = {p.sources: p.cost for n in {1, *map(len, paths)} for p in best_paths(near, target, n, top=10**6)}
     choice = best_paths(near, target, 1)[0].sources[0]
@@ -363,7 +362,7 @@ def plan_table(plan: GridPlan,  # of a grid
               ) -> pd.DataFrame:  # target, arm, paths, runs, steps, nearest (the path of least cost): a row for each target and arm
     "The runs of a plan, arm by arm."
     runs = pd.DataFrame([{**j.about, "in sum": j.about["steps"]} for j in plan.jobs if j.about])
-    def row(of): return pd.Series({"paths": of.path.nunique(), "runs": len(of), "steps of each": of["in sum"].iloc[0], "nearest": of.path[of.cost.astype(float).idxmin()] if of.cost.notna().any() else of.path.iloc[0]})
+    def row(of): return pd.Series({"paths": of.path.nunique(), "runs": len(of), "steps of each": of["in sum"].iloc[0], "nearest": of.path[of.cost.astype(float).round(9).idxmin()] if of.cost.notna().any() else of.path.iloc[0]})
     return runs.groupby(["target", "arm"], sort=False)[["path", "cost", "in sum"]].apply(row).reset_index()
 
 # %% ../nbs/43_grid.ipynb #81f75b02

@@ -19,7 +19,7 @@ from seqtransfer.zoo import write_zoo
 TARGETS = ("fets-16-FLAIR-ED", "fets-16-T2-NCR", "fets-16-T1ce-ET", "wmh-Amsterdam_GE3T-FLAIR-WMH")
 SOURCES = ("fets-01-FLAIR-ED", "fets-18-FLAIR-NCR", "fets-13-FLAIR-ED", "fets-18-T2-NCR", "fets-20-T2-ED", "fets-06-T2-NCR", "fets-01-T1-ED", "fets-04-T1-NCR",
            "fets-18-T1ce-ET", "fets-21-T1ce-NCR", "fets-13-T1ce-ET", "wmh-Utrecht-FLAIR-WMH", "wmh-Singapore-FLAIR-WMH", "wmh-Utrecht-T1-WMH", "iseg-T1-CSF", "iseg-T2-GM")
-SEEDS, SHOTS, SOURCE_STEPS, TARGET_STEPS = (0, 1, 2), 3, 300, 100
+SEEDS, SHOTS, SOURCE_STEPS, TARGET_STEPS = (0, 1, 2, 3, 4), 3, 300, 100
 PLAN = Plan((5.0, 5.0, 5.0), (32, 40, 32))
 
 
