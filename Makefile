@@ -17,7 +17,7 @@ help:
 	@echo "make export     package and templates from the notebooks; make readme: README.md from nbs/index.ipynb"
 	@echo "make notebooks  execute every notebook in place, clean, export, readme"
 	@echo "make record     run demo and test in a fresh clone and keep what they printed for the README"
-	@echo "make transfer   does transfer between phantom tasks look like transfer? trains 16 sources for 4 targets (about 15 minutes)"
+	@echo "make transfer   does transfer between phantom tasks look like transfer? trains 16 sources for 4 targets, five seeds (about 20 minutes)"
 	@echo "make compare    all arms of the protocol on a phantom target with three seeds (under 10 minutes)"
 	@echo "make grid       every sequence of two of six phantom sources, for two targets and three seeds (under 15 minutes)"
 	@echo "make bench      the affinity against reading the files and the paper's loop; the training loop against its passes alone; the engine against the function it calls (about 25 minutes; 0.7 GB of phantom volumes stay in the cache)"

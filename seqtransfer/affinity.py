@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from joblib import cpu_count
 from threadpoolctl import threadpool_limits
 
@@ -304,8 +305,9 @@ class Affinity:
             yield replace(self, terms={t: self.replicates[t][b] for t, w in self.weights.items() if w}, weights={t: w for t, w in self.weights.items() if w}, replicates={}).distance
 
 # %% ../nbs/12_affinity.ipynb #e7b4fe49
-def _interval(self, column: str = "Distance",  # or the column of a term
-             ) -> np.ndarray | None:  # (2, N, N): ends of the central 95 % of the resamplings, NaN for tasks of one or two patients; None where there are none
+@patch
+def interval(self: Affinity, column: str = "Distance",  # or the column of a term
+            ) -> np.ndarray | None:  # (2, N, N): ends of the central 95 % of the resamplings, NaN for tasks of one or two patients; None where there are none
     "Between what bounds a term or the distance lies under resampling of the patients; raises `InputError` for a column that is not there."
     terms = {COLUMNS.get(t, t): t for t in self.terms}
     if column not in ("Distance", *terms): raise InputError(f"The affinity has no column {column!r}: try {' or '.join(nearest(column, terms) or ('Distance', *terms))}.")
@@ -318,8 +320,9 @@ def _interval(self, column: str = "Distance",  # or the column of a term
     return ends
 
 
-def _frame(self, intervals: bool = False,  # two more columns for each term and the distance, `low` and `high`
-          ) -> pd.DataFrame:  # N * (N - 1) rows: Node A (source), Node B (target), the terms, Distance
+@patch
+def frame(self: Affinity, intervals: bool = False,  # two more columns for each term and the distance, `low` and `high`
+         ) -> pd.DataFrame:  # N * (N - 1) rows: Node A (source), Node B (target), the terms, Distance
     "The table of all ordered pairs of two different tasks."
     i, j = np.nonzero(~np.eye(len(self.names), dtype=bool))
     names = np.array(self.names, object)
@@ -329,17 +332,16 @@ def _frame(self, intervals: bool = False,  # two more columns for each term and 
     return pd.DataFrame({"Node A": names[i], "Node B": names[j], **columns})
 
 
-def _weighted(self, weights: dict,  # term -> weight >= 0 of the term as it stands
-             ) -> "Affinity":  # the same terms and resamplings
+@patch
+def weighted(self: Affinity, weights: dict,  # term -> weight >= 0 of the term as it stands
+            ) -> Affinity:  # the same terms and resamplings
     "The affinity under other weights; an interval of the distance that was read from a table no longer holds, and goes."
     return replace(self, weights=weights, bounds={c: b for c, b in self.bounds.items() if c != "Distance"})
 
-
-Affinity.interval, Affinity.frame, Affinity.weighted = _interval, _frame, _weighted
-
 # %% ../nbs/12_affinity.ipynb #884a4b7e
-def _save(self, path,  # file to write, `.csv` or `.parquet`
-         ) -> Path:  # that file; the JSON beside a CSV has the same stem
+@patch
+def save(self: Affinity, path: Path | str,  # file to write, `.csv` or `.parquet`
+        ) -> Path:  # that file; the JSON beside a CSV has the same stem
     "Writes the table with its intervals, and names, weights and parameters; raises `InputError` for another ending, or a JSON beside it that is not its own."
     path, table = Path(path), self.frame(intervals=True)
     about = {"names": self.names, "terms": list(self.terms), "weights": self.weights, "parameters": self.parameters}
@@ -367,8 +369,9 @@ def _read_parquet(path) -> tuple:
     except (OSError, KeyError, pa.ArrowException) as e: raise InputError(f"{path} is no affinity in parquet ({type(e).__name__}): compute it again.") from e
 
 # %% ../nbs/12_affinity.ipynb #7f505a52
-def _load(cls, path,  # file that `save` wrote
-         ) -> "Affinity":  # equal to what was saved, but for the resamplings
+@patch(cls_method=True)
+def load(cls: Affinity, path: Path | str,  # file that `save` wrote
+        ) -> Affinity:  # equal to what was saved, but for the resamplings
     "Reads a saved affinity; raises `InputError` when the table or its JSON is missing or they do not belong together."
     path = Path(path)
     beside = path.name if path.suffix == ".parquet" else path.with_suffix(".json").name
@@ -390,9 +393,6 @@ def _load(cls, path,  # file that `save` wrote
         raise InputError(f"{path} is not an affinity table that goes with {beside} ({e}): compute it again.") from e
     if not agree: raise InputError(f"{path} and {beside} do not belong together, names or distances differ: compute it again.")
     return made
-
-
-Affinity.save, Affinity.load = _save, classmethod(_load)
 
 # %% ../nbs/12_affinity.ipynb #7cc01b34
 def scales(terms: dict,  # term -> (N, N)

@@ -212,19 +212,20 @@ def _broken(curve):
 @styled
 def learning_curves(curves: pd.DataFrame,  # columns arm, stage, task, step (from the start of the path), loss; and seed, where there are several
                     ax: Axes | None = None,  # where to draw; a new figure if None
-                   ) -> Axes:  # one line per arm, the mean over its seeds, broken at its hops; a thin line for each seed
+                   ) -> Axes:  # one line per arm, the mean over its seeds, broken at its hops, and a shade from the lowest to the highest of them
     "Training loss over the steps of the whole path, arm by arm, with the hops marked."
     curves, ax, hops, drawn = _with_seed(curves), _axes(ax, 7, 2.8), set(), []
     colour, several = _coloured(curves["arm"], ARM_COLOURS), curves["seed"].nunique() > 1
     for arm, curve in curves.groupby("arm", sort=False):
         style = dict(color=colour[arm], ls=DASHES.get(arm, "-"))
-        for _, one in curve.groupby("seed") if several else (): ax.plot(*_broken(one)[:2], lw=0.6, alpha=0.5, zorder=1, **style)
-        steps, loss, ends = _broken(curve.groupby(["stage", "step"], as_index=False)["loss"].mean())
-        drawn += ax.plot(steps, loss, lw=2 if arm == "sequential" else 1.3, label=arm, zorder=2, **style)
+        over = curve.groupby(["stage", "step"])["loss"].agg(["min", "mean", "max"]).reset_index()
+        (steps, low, ends), (_, mean, _), (_, high, _) = (_broken(over.rename(columns={k: "loss"})) for k in ("min", "mean", "max"))
+        if several: ax.fill_between(steps, low, high, color=colour[arm], alpha=0.2, lw=0, zorder=1)
+        drawn += ax.plot(steps, mean, lw=2 if arm == "sequential" else 1.3, label=arm, zorder=2, **style)
         hops.update(ends)
     for step in sorted(hops): ax.axvline(step, color="0.6", lw=0.8, ls=":", zorder=0)
     ax.set(xlabel="optimiser step over the whole path", ylabel="training loss")
-    _beside(ax, drawn, title="mean; thin: each seed" if several else None)
+    _beside(ax, drawn, title="mean; shade: range of seeds" if several else None)
     return ax
 
 # %% ../nbs/50_plots.ipynb #34411bca

@@ -22,6 +22,7 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import traitlets
+from fastcore.basics import patch
 from IPython.display import HTML
 from scipy import ndimage
 
@@ -267,20 +268,19 @@ def _html(self, title: str, pictures: bool) -> str:
     return _PAGE.substitute(title=escape(title), state=_json(state), code=_json(code))
 
 
-def _save_html(self, path: Path | str,  # file to write
-               title: str = "Affinity of segmentation tasks",  # of the page
-               pictures: bool = True,  # with a slice of each task; needs the pool
-              ) -> Path:  # that file
+@patch
+def save_html(self: AffinityExplorer, path: Path | str,  # file to write
+              title: str = "Affinity of segmentation tasks",  # of the page
+              pictures: bool = True,  # with a slice of each task; needs the pool
+             ) -> Path:  # that file
     "Writes the widget as it stands into one page that needs neither Python nor a network."
     with replacing(path) as part: part.write_text(_html(self, title, pictures), encoding="utf-8")
     return Path(path)
 
 
-def _embedded(self, height: int = 720,  # pixels
+@patch
+def embedded(self: AffinityExplorer, height: int = 720,  # pixels
               pictures: bool = True,  # with a slice of each task; needs the pool
              ) -> HTML:  # for the end of a cell
     "The page within a page, for notebooks that are read where no kernel is."
     return HTML(f'<div><iframe srcdoc="{escape(_html(self, "Affinity", pictures))}" title="the affinity as a matrix to be moved" style="width: 100%; height: {height}px; border: 0"></iframe></div>')
-
-
-AffinityExplorer.save_html, AffinityExplorer.embedded = _save_html, _embedded
