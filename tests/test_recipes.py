@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from conftest import ROOT
@@ -29,7 +30,7 @@ def followed(folder, page, how, text, code):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = notebook["cells"]
     if how.startswith("a new cell"):
-        cells.insert(place(cells, text, False), {"cell_type": "code", "id": f"{abs(hash(code)) % 16**8:08x}", "metadata": {}, "execution_count": None, "outputs": [], "source": code.strip().splitlines(keepends=True)})
+        cells.insert(place(cells, text, False), {"cell_type": "code", "id": f"{crc32(code.encode()):08x}", "metadata": {}, "execution_count": None, "outputs": [], "source": code.strip().splitlines(keepends=True)})
     else:
         cell = cells[place(cells, text, True)]
         lines = "".join(cell["source"]).splitlines()
