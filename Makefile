@@ -6,11 +6,12 @@ READY := $(VENV)/.ready
 PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/explanations/*.ipynb) nbs/benchmarks.ipynb nbs/gallery.ipynb nbs/index.ipynb
 TEMPLATES := affinity stage transfer_path report grid
 
-.PHONY: help install demo test test-browser docs notebooks export readme record transfer compare grid bench lab clean
+.PHONY: help install demo test test-slow test-browser docs notebooks export readme record transfer compare grid bench lab clean
 
 help:
 	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
 	@echo "make test       the notebooks' own tests, pytest, and the three gates (about 20 minutes)"
+	@echo "make test-slow  the cells of the notebooks that make test leaves out, so that no page takes it longer than a minute (about 2 minutes)"
 	@echo "make test-browser  the heatmap in a real browser: JupyterLab and the page without a kernel (installs Debian's Chromium; about 1 minute)"
 	@echo "make docs       build the site with Quarto"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -42,6 +43,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2 --dist loadfile
+
+# The pages that have cells marked `#| slow`, with them.
+test-slow: $(READY)
+	for page in $$(grep -rl --include='*.ipynb' --exclude-dir=_proc '"#| slow' nbs); do OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --flags slow --path $$page || exit 1; done
 
 # Debian's Chromium; where there is no apt-get, a Chromium or Chrome that is there will do.
 test-browser: $(READY)

@@ -46,7 +46,7 @@ def show_table(frame: object,  # pandas table
     table = Table(title=title, title_justify="left")
     for c in frame.columns:
         text = not pd.api.types.is_numeric_dtype(frame[c])
-        table.add_column(c, justify="left" if text else "right", overflow="fold", no_wrap=None if c in ("path", "task", "problem") else out_console.width >= 220)
+        table.add_column(c, justify="left" if text else "right", overflow="fold", min_width=min(len(str(c)), 12), no_wrap=None if c in ("path", "task", "problem") else out_console.width >= 220)
     for row in frame.itertuples(index=False): table.add_row(*map(_cell, row))
     out_console.print(table)
 
@@ -350,7 +350,7 @@ class _GridShown:
 
     def begin(self, event):
         todo = self.todo = event["todo"]
-        self.say(f"{len(event['plan'].jobs) - len(todo)} notebooks were done before, {len(todo)} are left")
+        self.say(f"{len(event['plan'].jobs) - len(todo)} of {len(event['plan'].jobs)} notebooks were done before, {len(todo)} are left")
         self.stages, self.failed = 0, 0
         if not self.bar: return
         self.bars = [self.bar.add_task("notebooks", total=len(todo)), self.bar.add_task("stages", total=sum(len(j.stages) for j in todo))]
@@ -429,7 +429,8 @@ def status(
     kinds = kinds.reindex(columns=[s for s in jobs.STATES if s in kinds]).reindex([t for t in ("affinity", "stage", "transfer_path") if t in kinds.index])
     show_table(kinds.reset_index().rename(columns={"template": "of"}), f"Notebooks of {out}", False)
     shown = table if every else table[table.state.isin(["running", "failed", "interrupted"])]
-    if len(shown): show_table(shown[["job", "state", "attempts", "since", "seconds", "cell", "error", "notebook"]].assign(error=shown.error.astype(object).str.slice(0, 120)), "Each of them" if every else "Running or failed", False)
+    if len(shown): show_table(shown[["job", "state", "attempts", "since", "seconds", "cell"]].assign(cell=[f"{c:.0f}" if c == c and c is not None else "-" for c in shown.cell]), "Each of them" if every else "Running or failed", False)
+    for job in shown[shown.error.notna() & (shown.error != "")].itertuples(): print(f"{job.job}: {job.error}" + (f"\n  {out / job.notebook}" if job.notebook else ""))
     done = (table.state == "done").sum()
     print(f"{'Somebody is at work on it' if jobs.at_work(out) else 'Nobody is at work on it'}; {done} of {len(table)} notebooks are done" + (f", {(table.state == 'waiting').sum()} wait for one that failed" if (table.state == "waiting").any() else "") + ".")
 
