@@ -46,7 +46,7 @@ test: $(READY)
 
 # The pages that have cells marked `#| slow`, with them.
 test-slow: $(READY)
-	for page in $$(grep -rl --include='*.ipynb' --exclude-dir=_proc '"#| slow' nbs); do OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --flags slow --path $$page || exit 1; done
+	for page in $$(git ls-files 'nbs/*.ipynb' | xargs grep -l '"#| slow'); do OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --flags slow --path $$page || exit 1; done
 
 # Debian's Chromium; where there is no apt-get, a Chromium or Chrome that is there will do.
 test-browser: $(READY)

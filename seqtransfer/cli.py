@@ -343,6 +343,7 @@ class _GridShown:
     def __call__(self, event: dict):
         what = event["what"]
         if what == "cluster": self.say(f"dashboard: {event['dashboard']}")
+        if what == "wait": self.say("waiting for the first worker ...")
         if what == "report": self.say("report ...")
         if what == "begin": self.begin(event)
         if what == "end": self.end(event)
@@ -429,8 +430,8 @@ def status(
     kinds = kinds.reindex(columns=[s for s in jobs.STATES if s in kinds]).reindex([t for t in ("affinity", "stage", "transfer_path") if t in kinds.index])
     show_table(kinds.reset_index().rename(columns={"template": "of"}), f"Notebooks of {out}", False)
     shown = table if every else table[table.state.isin(["running", "failed", "interrupted"])]
-    if len(shown): show_table(shown[["job", "state", "attempts", "since", "seconds", "cell"]].assign(cell=[f"{c:.0f}" if c == c and c is not None else "-" for c in shown.cell]), "Each of them" if every else "Running or failed", False)
-    for job in shown[shown.error.notna() & (shown.error != "")].itertuples(): print(f"{job.job}: {job.error}" + (f"\n  {out / job.notebook}" if job.notebook else ""))
+    if len(shown): show_table(shown[["job", "state", "attempts", "since", "seconds", "cell"]].assign(**{k: [f"{x:.0f}" if x == x and x is not None else "-" for x in shown[k]] for k in ("attempts", "cell")}), "Each of them" if every else "Running or failed", False)
+    for job in shown[shown.error.notna() & (shown.error != "")].itertuples(): print(f"{job.job}: {job.error}" + (f"\n  {out / job.notebook}" if isinstance(job.notebook, str) else ""))
     done = (table.state == "done").sum()
     print(f"{'Somebody is at work on it' if jobs.at_work(out) else 'Nobody is at work on it'}; {done} of {len(table)} notebooks are done" + (f", {(table.state == 'waiting').sum()} wait for one that failed" if (table.state == "waiting").any() else "") + ".")
 

@@ -243,6 +243,7 @@ def run_grid(opened: object,  # of `grid.open_grid`
         if todo is None or todo:
             with cluster as client:
                 show({"what": "cluster", "dashboard": client.dashboard_link})
+                if not client.scheduler_info()["workers"]: show({"what": "wait"})  # a job may stand in a queue for hours
                 if todo is None: todo = _begin(plan := plan_grid(opened, out, client.submit(_machine, threads, pure=False).result(), threads), out)
                 show({"what": "begin", "plan": plan, "todo": todo})
                 ended = _do(client, todo, out, limit, show)

@@ -264,6 +264,9 @@ def monai(*args, **kwargs):
     return done.stdout + done.stderr
 
 
+def test_every_network_is_tested_here(): assert set(NETWORKS) <= set(PLANS)
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_a_bundle_runs_by_itself_and_gives_the_same_masks(name, stranger, tmp_path):
     file, images = model(PLANS[name], tmp_path), inputs(tmp_path / "images")

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,14 @@ def test_the_status_of_a_finished_grid(reference, command):
     assert code == 0 and len(rows) == 7 and {r["state"] for r in rows} == {"done"} and all(r["attempts"] == 1 and r["seconds"] > 0 and (reference.out / r["notebook"]).exists() for r in rows)
     code, out, _ = command("status", reference.out)
     assert "Nobody is at work on it; 7 of 7 notebooks are done." in out
+
+
+def test_a_failure_without_a_notebook_is_told(reference, tmp_path, command):
+    out = shutil.copytree(reference.out, tmp_path / "grid")
+    file = next((out / "jobs").glob("*scratch*"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "failed", "error": "its worker died each time"}))
+    code, told, err = command("status", out)
+    assert code == 0 and "scratch-seed0: its worker died each time\n" in told and "Traceback" not in err, told + err
 
 
 def test_a_changed_source_repeats_what_read_it_and_nothing_else(reference, file, zoo):

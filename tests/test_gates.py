@@ -103,7 +103,9 @@ def signatures(module):
     tree = ast.parse((ROOT / "seqtransfer" / (module.replace(".", "/") + ".py")).read_text())
     public = {n for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for n in ast.literal_eval(node.value)}
     for node in tree.body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name not in public: continue
+        patched = isinstance(node, ast.FunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list)
+        if patched and not node.name.startswith("_"): yield f"{ast.unparse(node.args.args[0].annotation)}.{node.name}", node
+        if patched or not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name not in public: continue
         inside = [node] if isinstance(node, ast.FunctionDef) else [f for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
         for f in inside: yield node.name if f is node else f"{node.name}.{f.name}", f
 

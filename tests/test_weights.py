@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from seqtransfer.core import InputError
-from seqtransfer.networks import Plan, build_network, load_network, save_network
+from seqtransfer.networks import NETWORKS, Plan, build_network, load_network, save_network
 from seqtransfer.weights import adapt, channels_of, check_limits, read_weights, what_was_loaded
 
 PLANS = {"unet": Plan((1, 1, 1), (16, 16, 16)),
@@ -136,6 +136,17 @@ def test_the_image_of_one_modality_gets_the_answer_of_its_channel(channels, data
     alone = torch.zeros(1, channels, 6, 6, 6); alone[:, k] = x[:, 0]
     net, _ = loaded(Tiny(), foreign.state_dict(), [f"m{i}" for i in range(channels)], f"M{k}")
     assert torch.allclose(net(x), foreign(alone), atol=1e-5)
+
+
+def test_every_network_is_tested_here(): assert set(NETWORKS) <= set(PLANS)
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_a_network_is_all_in_its_parameters(kind, tmp_path):
+    "Nothing is gathered in training that a checkpoint would not hold."
+    net, x = build_network(PLANS[kind], 0).train(), torch.randn(2, 1, *PLANS[kind].patch)
+    for _ in range(3): net(5 * x + 3)
+    assert torch.equal(load_network(save_network(net, tmp_path / "model.safetensors", PLANS[kind])).eval()(x), net.eval()(x))
 
 
 @pytest.mark.parametrize("kind", PLANS)
