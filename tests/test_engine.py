@@ -432,7 +432,7 @@ def test_a_full_disk_is_said_and_with_more_room_it_goes_on(reference, zoo, tmp_p
     polite(full.stdout, full.stderr)
     assert full.returncode != 0 and "No space left on device" in full.stderr, full.stderr
     # nothing but what failed and how far it is; lines of progress (reading: 3/6) come when something takes two seconds
-    assert all(re.match(r"failed: |seqtransfer: |\[|dashboard: |report|0 notebooks|[^:]+: \d+/\d+$", line) for line in full.stderr.splitlines()), full.stderr
+    assert all(re.match(r"failed: |seqtransfer: |\[|dashboard: |report|0 of 4 notebooks|[^:]+: \d+/\d+$", line) for line in full.stderr.splitlines()), full.stderr
     nothing_is_half_written(out)
     assert not list(out.rglob(".part-*"))
     done = {name: counted.steps[name] for name in finished(out)}
