@@ -11,7 +11,7 @@ TEMPLATES := affinity stage transfer_path report grid
 help:
 	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
 	@echo "make test       the notebooks' own tests, pytest, and the three gates (about 20 minutes)"
-	@echo "make test-slow  the cells of the notebooks that make test leaves out, so that no page takes it longer than a minute (about 2 minutes)"
+	@echo "make test-slow  the cells of the notebooks that make test leaves out, so that no page takes it longer than a minute (under 3 minutes)"
 	@echo "make test-browser  the heatmap in a real browser: JupyterLab and the page without a kernel (installs Debian's Chromium; about 1 minute)"
 	@echo "make docs       build the site with Quarto"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -46,7 +46,7 @@ test: $(READY)
 
 # The pages that have cells marked `#| slow`, with them.
 test-slow: $(READY)
-	for page in $$(git ls-files 'nbs/*.ipynb' | xargs grep -l '"#| slow'); do OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --flags slow --path $$page || exit 1; done
+	for page in $$(grep -rl --include='*.ipynb' --exclude-dir=_proc --exclude-dir=.ipynb_checkpoints '"#| slow' nbs); do OMP_NUM_THREADS=1 SEQTRANSFER_CACHE=$(abspath $(VENV))/cache $(BIN)/nbdev_test --flags slow --path $$page || exit 1; done
 
 # Debian's Chromium; where there is no apt-get, a Chromium or Chrome that is there will do.
 test-browser: $(READY)
