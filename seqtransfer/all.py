@@ -7,16 +7,24 @@ __all__ = []
 
 # %% ../nbs/70_all.ipynb #ef2401e2
 from .affinity import Affinity, affinity
+from .arms import ARMS
 from .core import InputError
-from .datasets import read_pool, task_table, validate
+from .datasets import read_pool
 from .deploy import export_bundle, write_predictions
-from .runs import report, run
 from .paths import TransferPath, best_paths, explain, path_table, recommend, side_by_side
-from .tasks import Task, TaskPool, protocol
-from .transfer import ARMS, Comparison, Recipe, compare, read_results, readable
+from .protocol import protocol
+from .report import report
+from .results import Comparison, read_results, readable
+from .study import Recipe, Study, read_study
+from .tasks import Task, TaskPool
+from .transfer import carry_out, compare, grid, run
+from .validation import task_table, validate
 from .zoo import demo_zoo, write_zoo
 
 # %% ../nbs/70_all.ipynb #63f15715
-__all__ = ["Affinity", "affinity", "InputError", "read_pool", "task_table", "validate", "report", "run", "TransferPath", "best_paths", "explain", "path_table", "recommend", "side_by_side",
-           "demo_zoo", "write_zoo", "Task", "TaskPool", "protocol", "ARMS", "Comparison", "Recipe", "compare", "read_results", "readable",
-           "write_predictions", "export_bundle"]
+__all__ = [
+    *("demo_zoo", "write_zoo", "read_pool", "task_table", "validate", "Task", "TaskPool", "protocol"),
+    *("Affinity", "affinity", "TransferPath", "best_paths", "explain", "path_table", "recommend", "side_by_side"),
+    *("ARMS", "Recipe", "Study", "read_study", "carry_out", "compare", "run", "grid"),
+    *("Comparison", "read_results", "readable", "report", "write_predictions", "export_bundle", "InputError"),
+]

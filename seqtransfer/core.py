@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'RunError', 'nearest', 'digest', 'code_digest', 'seed_for', 'writable', 'replacing', 'write_json',
-           'read_json', 'cache_folder', 'cache_sizes', 'clear_cache', 'progress']
+           'read_json', 'cache_folder', 'CacheSize', 'cache_sizes', 'clear_cache', 'progress']
 
 # %% ../nbs/00_core.ipynb #305ee01a
 import ast
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from platformdirs import user_cache_path
 
@@ -33,20 +33,23 @@ from . import __version__
 class InputError(ValueError):
     "What a user gave cannot be used; the message is one sentence naming the file or task and the way out."
 
-# %% ../nbs/00_core.ipynb #992a2521
+
 class RunError(RuntimeError):
     "A part of a run failed; the message is one sentence naming the part, the error, and what to open or do."
 
 # %% ../nbs/00_core.ipynb #1c6ac8b1
-def nearest(name: str,  # the name that was asked for
-            names: Iterable[str],  # iterable of the names that exist
-            n: int = 3,  # at most so many
-           ) -> list:  # the closest spellings, the closest first
+def nearest(
+    name: str,  # the name that was asked for
+    names: Iterable[str],  # iterable of the names that exist
+    n: int = 3,  # at most so many
+) -> list[str]:  # the closest spellings, the closest first
     "The names most like `name`, ignoring case; all names if nothing is similar and they are few."
     names = list(names)
-    lower = {x.lower(): x for x in names}
-    close = difflib.get_close_matches(name.lower(), lower, n=n, cutoff=0.4)
-    return [lower[x] for x in close] or (names if len(names) <= n else [])
+    by_lower = {x.lower(): x for x in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.4)
+    if close:
+        return [by_lower[x] for x in close]
+    return names if len(names) <= n else []
 
 # %% ../nbs/00_core.ipynb #c318d6d4
 def _plain(value):
@@ -54,48 +57,75 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def digest(*parts,  # anything JSON can hold, paths and numpy scalars too
-          ) -> str:  # 16 hexadecimal digits
+def digest(
+    *parts,  # anything JSON can hold, paths and numpy scalars too
+) -> str:  # 16 hexadecimal digits
     "A name for `parts` by their content: the first 64 bits of the SHA-256 of their canonical JSON."
     text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #c15403a9
-def _working_lines(source: str) -> list:
+class _Span(NamedTuple):
+    "A part of some source; a place is a line, counted from 1, and a column."
+
+    first: tuple[int, int]  # where it begins
+    last: tuple[int, int]  # where it ends
+
+
+def _comments(source: str) -> list[_Span]:
+    "Where the comments of some Python code are."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [_Span(t.start, t.end) for t in tokens if t.type == tokenize.COMMENT]
+
+# %% ../nbs/00_core.ipynb #6282f364
+def _docstrings(source: str) -> list[_Span]:
+    "Where the docstrings of some Python code are."
+    lines = source.splitlines()
+
+    def place(line, column):
+        return line, len(lines[line - 1].encode()[:column].decode())
+
+    spans = []
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            first = place(text.lineno, text.col_offset)
+            last = place(text.end_lineno, text.end_col_offset)
+            spans.append(_Span(first, last))
+    return spans
+
+# %% ../nbs/00_core.ipynb #08c849ba
+def _working_lines(source: str) -> list[str]:
     "The lines of some Python code that do something."
     lines = source.splitlines()
-    gone = [(t.start, t.end) for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) or ast.get_docstring(node) is None: continue
-        d = node.body[0]
-        gone.append(tuple((at, len(lines[at - 1].encode()[:i].decode())) for at, i in ((d.lineno, d.col_offset), (d.end_lineno, d.end_col_offset))))
-    for (first, i), (last, j) in sorted(gone, reverse=True): lines[first - 1:last] = [lines[first - 1][:i] + lines[last - 1][j:]]
+    spans = _comments(source) + _docstrings(source)
+    for (first, start), (last, end) in sorted(spans, reverse=True):
+        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:]]
     return [line.rstrip() for line in lines if line.strip()]
 
-
+# %% ../nbs/00_core.ipynb #b6758622
 @cache
-def code_digest(*modules: str,  # names below the package; all of them if none is given
-               ) -> str:  # 16 hexadecimal digits
-    "A name for the version of this package and for what some of its modules do; comments and docstrings do not count."
+def code_digest(
+    *modules: str,  # names below the package; all of them if none is given
+) -> str:  # 16 hexadecimal digits
+    "A name for the version and for what some modules of this package do; comments and docstrings do not count."
     folder = Path(__file__).parent
     files = [folder / f"{m.replace('.', '/')}.py" for m in modules] or sorted(folder.rglob("*.py"))
     return digest(__version__, [_working_lines(f.read_text(encoding="utf-8")) for f in files])
 
 # %% ../nbs/00_core.ipynb #1ed181e9
-def seed_for(seed: int,  # the experiment's seed
-             *names,  # what the randomness is for, e.g. "split", the task's name
-            ) -> int:  # in [0, 2**32), as numpy and torch accept it
+def seed_for(
+    seed: int,  # the experiment's seed
+    *names,  # what the randomness is for, e.g. "split", the task's name
+) -> int:  # in [0, 2**32), as numpy and torch accept it
     "An independent seed for one purpose, derived from the experiment's seed."
     return int(digest(seed, *names)[:8], 16)
 
 # %% ../nbs/00_core.ipynb #0b7ce709
-_UMASK = os.umask(0)  # can only be read by setting it: once, at import, before there are threads
-os.umask(_UMASK)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk does not say which file it was full for
-
-
-def writable(folder: Path | str,  # folder to be written into
-            ) -> Path:  # `folder`, created
+def writable(
+    folder: Path | str,  # folder to be written into
+) -> Path:  # `folder`, created
     "Makes a folder and tries it; raises `InputError` when nothing can be written there."
     folder = Path(folder)
     try:
@@ -103,89 +133,135 @@ def writable(folder: Path | str,  # folder to be written into
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as e:
-        raise InputError(f"The folder {folder} cannot be written ({e.strerror}): choose another output folder or mend its permissions.") from e
+        raise InputError(
+            f"The folder {folder} cannot be written ({e.strerror}): "
+            "choose another output folder or mend its permissions."
+        ) from e
+
+# %% ../nbs/00_core.ipynb #f3af956b
+_UMASK = os.umask(0)  # can only be read by setting it: once, at import, before there are threads
+os.umask(_UMASK)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk does not say which file it was full for
 
 
 @contextmanager
-def replacing(path: Path | str,  # the file or folder to appear when the block ends well
-             ) -> Iterator[Path]:  # a context manager's, of the temporary path
-    "Yields a temporary path beside `path`, to be written as a file; it becomes `path` at the end, or vanishes on any error."
+def replacing(
+    path: Path | str,  # the file to appear when the block ends well
+) -> Iterator[Path]:  # a context manager's, of the temporary path
+    """Yields a temporary file beside `path`; it becomes `path` at the end, or vanishes on any error.
+
+    Raises `InputError` where the folder cannot be written or the disk is full.
+    """
     path = Path(path)
-    folder = writable(path.parent)
-    fd, name = tempfile.mkstemp(dir=folder, prefix=".part-", suffix=path.suffix)
+    fd, name = tempfile.mkstemp(dir=writable(path.parent), prefix=".part-", suffix=path.suffix)
     os.close(fd)
     try:
         yield Path(name)
         os.chmod(name, 0o666 & ~_UMASK)  # mkstemp makes private files; results are for the group
         os.replace(name, path)
     except OSError as e:
-        if e.errno not in _NO_ROOM: raise
-        raise InputError(f"{path} cannot be written ({e.strerror}): free some space there, or choose another folder, and run the same command again.") from e
+        if e.errno not in _NO_ROOM:
+            raise
+        raise InputError(
+            f"{path} cannot be written ({e.strerror}): "
+            "free some space there, or choose another folder, and run the same command again."
+        ) from e
     finally:
         Path(name).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #34c2f9a5
-def write_json(path: Path | str,  # file to write
-               value: object,  # anything JSON can hold
-              ) -> Path:  # `path`
-    "Writes `value` as indented JSON, whole or not at all."
+def write_json(
+    path: Path | str,  # file to write
+    value: object,  # anything JSON can hold
+) -> Path:  # `path`
+    "Writes `value` as indented JSON, whole or not at all; raises `InputError` as `replacing` does."
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
     return Path(path)
 
 
-def read_json(path: Path | str,  # file to read
-             ) -> Any:  # what it holds
+def read_json(
+    path: Path | str,  # file to read
+) -> Any:  # what it holds
     "Reads a JSON file; raises `InputError` naming it when it is missing or not JSON."
     try:
         return json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"{path} cannot be read as JSON ({e}): restore it or delete it and run the command again.") from e
+        raise InputError(
+            f"{path} cannot be read as JSON ({e}): restore it or delete it and run the command again."
+        ) from e
 
 # %% ../nbs/00_core.ipynb #8dbae4d9
-_CACHED = {"signatures of volumes": "signatures", "phantom volumes": "phantom-*"}  # the locks of those who are writing stay
-
-
 def cache_folder() -> Path:  # exists and can be written
     "The folder for what can be computed again: `SEQTRANSFER_CACHE`, or the user's cache folder."
     return writable(Path(os.environ.get("SEQTRANSFER_CACHE") or user_cache_path("seqtransfer")))
 
+# %% ../nbs/00_core.ipynb #83544827
+_CACHED = {  # the locks of those who are writing stay
+    "signatures of volumes": "signatures",
+    "phantom volumes": "phantom-*",
+}
 
-def cache_sizes() -> dict:  # {what: (number of files, bytes)}
+
+class CacheSize(NamedTuple):
+    "What the cache holds of one kind."
+
+    files: int  # how many
+    bytes: int  # together
+
+
+def cache_sizes() -> dict[str, CacheSize]:  # by what it is that is held
     "What the cache holds."
-    found = {what: [f.stat().st_size for part in cache_folder().glob(pattern) for f in part.rglob("*") if f.is_file()] for what, pattern in _CACHED.items()}
-    return {what: (len(sizes), sum(sizes)) for what, sizes in found.items()}
+    sizes = {}
+    for what, pattern in _CACHED.items():
+        parts = list(cache_folder().glob(pattern))
+        held = [f.stat().st_size for part in parts for f in part.rglob("*") if f.is_file()]
+        sizes[what] = CacheSize(len(held), sum(held))
+    return sizes
 
-
+# %% ../nbs/00_core.ipynb #e2a210f1
 def clear_cache() -> int:  # bytes that were freed
     "Deletes all that the cache holds and can be computed again; raises `InputError` for what cannot be deleted."
-    size = sum(b for _, b in cache_sizes().values())
-    for what, pattern in _CACHED.items():
+    freed = sum(size.bytes for size in cache_sizes().values())
+    for pattern in _CACHED.values():
         for part in cache_folder().glob(pattern):
-            try: shutil.rmtree(part)
-            except OSError as e: raise InputError(f"{e.filename or part} cannot be deleted ({e.strerror}): delete {part} by hand.") from e
-    return size
+            try:
+                shutil.rmtree(part)
+            except OSError as e:
+                raise InputError(
+                    f"{e.filename or part} cannot be deleted ({e.strerror}): delete {part} by hand."
+                ) from e
+    return freed
 
 # %% ../nbs/00_core.ipynb #7ab82729
-def _lines(items, text, total, out, over):
-    "Yields `items`, writing `text: done/total` at each tenth once two seconds have passed; `over` the line before, or below it."
-    start, shown = time.monotonic(), 0
+def _lines(items, text, total, out, over, clock=time.monotonic):
+    """Yields `items`, writing `text: done/total` at each tenth once two seconds have passed.
+
+    A line goes over the line before (`over`) or below it. The clock tells seconds.
+    """
+    start = clock()
+    shown = 0
     for done, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - start > 2 and done * 10 // total > shown:
-            shown = done * 10 // total
-            print(f"{text}: {done}/{total}", file=out, flush=True, end="\r" if over and done < total else "\n")
+        tenth = done * 10 // total
+        if clock() - start > 2 and tenth > shown:
+            shown = tenth
+            end = "\r" if over and done < total else "\n"
+            print(f"{text}: {done}/{total}", file=out, flush=True, end=end)
 
-
-def progress(items: Iterable,  # what to go through
-             text: str,  # what is being done, for the reader
-             total: int | None = None,  # number of items, where `len` does not tell
-            ) -> Iterable:  # iterator over `items`
+# %% ../nbs/00_core.ipynb #0637d70a
+def progress(
+    items: Iterable,  # what to go through
+    text: str,  # what is being done, for the reader
+    total: int | None = None,  # number of items, where `len` does not tell
+) -> Iterable:  # iterator over `items`
     "Goes through `items` and shows how far: a bar in a terminal (on standard error), a line at each tenth elsewhere."
     total = total if total is not None else len(items)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track
+
         return track(items, description=text, total=total, console=Console(stderr=True), transient=True)
     in_kernel = "ipykernel" in sys.modules and hasattr(sys.stdout, "session")
-    return _lines(items, text, total, sys.stdout if in_kernel else sys.stderr, over=in_kernel)
+    out = sys.stdout if in_kernel else sys.stderr
+    return _lines(items, text, total, out, over=in_kernel)

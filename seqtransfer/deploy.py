@@ -28,238 +28,462 @@ from . import __version__
 from .core import InputError, progress, replacing, writable, write_json
 from .evaluation import predict
 from .networks import Plan, load_network, network_arguments, read_about
-from .tasks import Case, Volume, border, content_digest, files_of, foreground, open_volume, read_image, slug, unread_format, zscore
+
+# %% ../nbs/36_deploy.ipynb #126fac16
+from seqtransfer.tasks import (
+    Case,
+    Volume,
+    border,
+    content_digest,
+    files_of,
+    foreground,
+    open_volume,
+    read_image,
+    slug,
+    unread_format,
+    zscore,
+)
 
 # %% ../nbs/36_deploy.ipynb #76534120
-_CANONICAL = [[0, 1], [1, 1], [2, 1]]
+_CANONICAL = [[0, 1], [1, 1], [2, 1]]  # nibabel's code of "RAS"
+
+
+def _on_grid_of(image, mask) -> np.ndarray:
+    "A mask in canonical orientation as 0 and 1 in the shape and orientation of the image's file."
+    of_file = nib.orientations.io_orientation(image.affine)
+    turn = nib.orientations.ornt_transform(_CANONICAL, of_file)
+    return nib.orientations.apply_orientation(mask, turn).astype(np.uint8).reshape(image.shape)
+
+# %% ../nbs/36_deploy.ipynb #dd4ce9f1
+def _with_header_of(image, voxels, kind) -> nib.Nifti1Image:
+    "Voxels with the geometry of a NIfTI image's header, and nothing of what it says of intensities."
+    header = kind.header_class(image.header.binaryblock, image.header.endianness, check=False)
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["cal_min"], header["cal_max"] = 0, 0
+    header.set_intent("none")
+    header.set_data_dtype(np.uint8)
+    return kind(voxels, header.get_best_affine(), header)
+
+
+def _with_matrix_of(image, voxels) -> nib.Nifti1Image:
+    "Voxels as a NIfTI whose two matrices are the one that another format has."
+    out = nib.Nifti1Image(voxels, image.affine)
+    out.set_sform(image.affine, "scanner")
+    out.set_qform(image.affine, "scanner")
+    out.header.set_xyzt_units("mm")
+    return out
+
+# %% ../nbs/36_deploy.ipynb #4257acf7
 _SIGN = "seqtransfer"  # how the description of a mask that was written here begins
 
 
-def mask_image(mask: np.ndarray,  # HWD, bool, canonical orientation
-               image: nib.spatialimages.SpatialImage,  # nibabel's image, of the same voxels
-               description: str = "",  # up to 66 characters for the header
-              ) -> nib.Nifti1Image:  # shape and geometry of `image`, 0 and 1 as uint8
+def mask_image(
+    mask: np.ndarray,  # HWD, bool, canonical orientation
+    image: nib.spatialimages.SpatialImage,  # nibabel's image, of the same voxels
+    description: str = "",  # up to 66 characters for the header
+) -> nib.Nifti1Image:  # shape and geometry of `image`, 0 and 1 as uint8
     "A mask as a volume on the grid of the image it belongs to, in the image's own orientation."
-    turn = nib.orientations.ornt_transform(_CANONICAL, nib.orientations.io_orientation(image.affine))
-    voxels = nib.orientations.apply_orientation(mask, turn).astype(np.uint8).reshape(image.shape)
-    kind = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
-    if isinstance(image.header, nib.Nifti1Header):  # also that of NIfTI-2
-        header = kind.header_class(image.header.binaryblock, image.header.endianness, check=False)
-        header["scl_slope"], header["scl_inter"], header["cal_min"], header["cal_max"] = 1, 0, 0, 0
-        header.set_intent("none")
-        header.set_data_dtype(np.uint8)
-        out = kind(voxels, header.get_best_affine(), header)
+    voxels = _on_grid_of(image, mask)
+    if isinstance(image.header, nib.Nifti2Header):
+        out = _with_header_of(image, voxels, nib.Nifti2Image)
+    elif isinstance(image.header, nib.Nifti1Header):
+        out = _with_header_of(image, voxels, nib.Nifti1Image)
     else:
-        out = kind(voxels, image.affine)
-        out.set_sform(image.affine, "scanner"); out.set_qform(image.affine, "scanner"); out.header.set_xyzt_units("mm")
+        out = _with_matrix_of(image, voxels)
     out.header["descrip"] = f"{_SIGN} {__version__} {description}".encode("ascii", "replace")[:79]
     return out
 
 # %% ../nbs/36_deploy.ipynb #b15095e8
-def predict_image(net: torch.nn.Module,  # B1HWD normalised intensities to B1HWD logits
-                  image: Path | str,  # file that nibabel reads, one modality
-                  plan: Plan,  # the network's
-                  description: str = "",  # for the header
-                 ) -> nib.Nifti1Image:  # the predicted mask on the file's own grid
+def _volume_of_file(path: Path) -> Volume:
+    "An image file as a volume on its own grid, with nothing labelled; raises `InputError` when it cannot be read."
+    grid = open_volume(path)
+    nothing = np.broadcast_to(np.uint8(0), grid.shape)  # its labels, which are not looked at
+    x = read_image(Case(path.name, path, path, ()), nothing, grid.affine)
+    return Volume(x.astype(np.float32, copy=False), np.zeros(grid.shape, bool), grid.affine)
+
+
+def predict_image(
+    net: torch.nn.Module,  # B1HWD normalised intensities to B1HWD logits
+    image: Path | str,  # file that nibabel reads, one modality
+    plan: Plan,  # the network's
+    description: str = "",  # for the header
+) -> nib.Nifti1Image:  # the predicted mask on the file's own grid
     "The predicted mask of an image file; raises `InputError` when the file cannot be read."
     path = Path(image)
-    grid = open_volume(path)
-    x = read_image(Case(path.name, path, path, ()), np.broadcast_to(np.uint8(0), grid.shape), grid.affine)  # on its own grid: the labels are not looked at
-    volume = Volume(x.astype(np.float32, copy=False), np.zeros(grid.shape, bool), grid.affine)
-    return mask_image(predict(net, volume, plan), nib.load(path), description)
+    mask = predict(net, _volume_of_file(path), plan)
+    return mask_image(mask, nib.load(path), description)
 
 # %% ../nbs/36_deploy.ipynb #c767c832
-def _label(about: dict) -> str: return slug(about.get("label") or "mask")
+def _why_unreadable(path: Path) -> str:
+    "What keeps a path from being an image, as the end of a sentence; nothing if it may be one."
+    if path.is_dir():
+        return "is a folder: name the image files in it"
+    missing = "" if path.exists() else "is missing: check the path"
+    return unread_format(path) or missing
 
 
-def _stem(path: Path) -> str:
-    "Without its ending, as MONAI names what it saves."
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).stem
+def _number_of_volumes(path: Path) -> int:
+    "How many volumes a file holds; 1 where it cannot be opened, which is for others to say."
+    try:
+        shape = nib.load(path).shape
+    except Exception:
+        return 1
+    return int(np.prod(shape[3:]))
 
-
-def _check_image(path: Path, about: dict):
-    why = "is a folder: name the image files in it" if path.is_dir() else unread_format(path) or ("" if path.exists() else "is missing: check the path")
-    if why: raise InputError(f"{path} {why}")
-    try: shape = nib.load(path).shape
-    except Exception: shape = ()  # what is wrong is said below
-    if (several := int(np.prod(shape[3:]))) > 1:
-        raise InputError(f"{path} holds {several} volumes and the model takes one modality ({about.get('modality') or 'that it was trained on'}): write that one into a file of its own.")
+# %% ../nbs/36_deploy.ipynb #9479d9be
+def _refuse_unreadable(path: Path, about: dict):
+    "Raises `InputError` for an image that the model cannot be asked about."
+    why = _why_unreadable(path)
+    if why:
+        raise InputError(f"{path} {why}")
+    several = _number_of_volumes(path)
+    if several > 1:
+        modality = about.get("modality") or "that it was trained on"
+        raise InputError(
+            f"{path} holds {several} volumes and the model takes one modality ({modality}): "
+            "write that one into a file of its own."
+        )
     open_volume(path)
 
+# %% ../nbs/36_deploy.ipynb #434dd973
+def _mask_name(path: Path, about: dict) -> str:
+    "The name of a mask: that of the image without its ending, as MONAI names what it saves, and the label."
+    stem = Path(path.stem if path.suffix.lower() == ".gz" else path.name).stem
+    return f"{stem}_{_label(about)}.nii.gz"
 
-def _check_output(path: Path):
-    if not path.exists(): return
-    try: ours = nib.load(path).header["descrip"].item().decode("latin-1").startswith(_SIGN)
-    except Exception: ours = False  # whatever it is, it is not a mask that was written here
-    if not ours: raise InputError(f"{path} exists and was not written by a prediction: choose another folder, or move it away.")
+
+def _label(about: dict) -> str:
+    "The label as part of a file's name."
+    return slug(about.get("label") or "mask")
+
+
+def _written_here(path: Path) -> bool:
+    "Whether a file is a mask that was written by a prediction."
+    try:
+        description = nib.load(path).header["descrip"].item().decode("latin-1")
+    except Exception:
+        return False  # whatever it is, it is not such a mask
+    return description.startswith(_SIGN)
 
 # %% ../nbs/36_deploy.ipynb #3729e101
-def prediction_files(images: Iterable,  # image files
-                     out: Path | str,  # folder of the masks
-                     about: dict,  # what the model says of itself: modality, label
-                    ) -> dict:  # {image: file of its mask}, `<name of the image>_<label>.nii.gz`
+def _refuse_output(path: Path, to: Path, files: dict, inputs: set):
+    "Raises `InputError` where the mask of `path` may not be written to `to`."
+    others = [image for image, mask in files.items() if mask == to]
+    if others:
+        raise InputError(
+            f"The masks of {others[0]} and {path} would both be {to}: predict them one by one, into different folders."
+        )
+    if to.resolve() in inputs:
+        raise InputError(f"The mask of {path} would replace the image {to}: choose another folder.")
+    if to.exists() and not _written_here(to):
+        raise InputError(f"{to} exists and was not written by a prediction: choose another folder, or move it away.")
+
+# %% ../nbs/36_deploy.ipynb #cdee57aa
+def prediction_files(
+    images: Iterable,  # image files
+    out: Path | str,  # folder of the masks
+    about: dict,  # what the model says of itself: modality, label
+) -> dict[Path, Path]:  # {image: file of its mask}, `<name of the image>_<label>.nii.gz`
     "Where masks go, read and written files checked; raises `InputError` for the first that cannot be."
-    files, taken = {}, {f.resolve(): path for path in map(Path, images) for f in files_of(path)}
-    if not taken: raise InputError("There is no image to predict: name one or more image files.")
-    for path in map(Path, images):
-        _check_image(path, about)
-        to = Path(out) / f"{_stem(path)}_{_label(about)}.nii.gz"
-        if other := next((p for p, q in files.items() if q == to), None):
-            raise InputError(f"The masks of {other} and {path} would both be {to}: predict them one by one, into different folders.")
-        if to.resolve() in taken: raise InputError(f"The mask of {path} would replace the image {to}: choose another folder.")
-        _check_output(to)
+    paths = [Path(image) for image in images]
+    inputs = {file.resolve() for path in paths for file in files_of(path)}
+    if not inputs:
+        raise InputError("There is no image to predict: name one or more image files.")
+    files = {}
+    for path in paths:
+        _refuse_unreadable(path, about)
+        to = Path(out) / _mask_name(path, about)
+        _refuse_output(path, to, files, inputs)
         files[path] = to
     return files
 
 # %% ../nbs/36_deploy.ipynb #05b77271
-def write_predictions(model: Path | str,  # `.safetensors` file of a trained network
-                      images: Iterable,  # image files
-                      out: Path | str,  # folder of the masks
-                     ) -> list:  # of the masks' paths, in the order of the images
-    "Predicts image after image, each mask written whole or not at all; raises `InputError` for a model, image or folder that cannot be used."
-    (plan, about), net = read_about(model), load_network(model)
-    files, says = prediction_files(images, out, about), f"{_label(about)} by {content_digest(Path(model))[:16]}"
+def write_predictions(
+    model: Path | str,  # `.safetensors` file of a trained network
+    images: Iterable,  # image files
+    out: Path | str,  # folder of the masks
+) -> list[Path]:  # of the masks' paths, in the order of the images
+    """Predicts image after image, each mask written whole or not at all; raises `InputError` for a model, image or
+    folder that cannot be used."""
+    plan, about = read_about(model)
+    net = load_network(model)
+    files = prediction_files(images, out, about)
+    description = f"{_label(about)} by {content_digest(Path(model))[:16]}"
     folder = writable(out)
     for path, to in progress(files.items(), "predicting"):
-        mask = predict_image(net, path, plan, says)
-        with replacing(folder / to.name) as part: part.write_bytes(gzip.compress(mask.to_bytes(), mtime=0))  # the same mask gives the same bytes
+        mask = predict_image(net, path, plan, description)
+        with replacing(folder / to.name) as part:
+            part.write_bytes(gzip.compress(mask.to_bytes(), mtime=0))  # without the time of writing
     return list(files.values())
 
 
-def write_prediction(model: Path | str,  # `.safetensors` file of a trained network
-                     image: Path | str,  # image file
-                     out: Path | str,  # folder of the mask
-                    ) -> Path:  # file of the mask
+def write_prediction(
+    model: Path | str,  # `.safetensors` file of a trained network
+    image: Path | str,  # image file
+    out: Path | str,  # folder of the mask
+) -> Path:  # file of the mask
     "As `write_predictions`, of one image."
     return write_predictions(model, [image], out)[0]
 
 # %% ../nbs/36_deploy.ipynb #f6f215cd
-def tissue(image: MetaTensor,  # 1HWD, raw intensities, canonical orientation
-          ) -> torch.Tensor:  # 1HWD, float32, 1 or 0
+def tissue(
+    image: MetaTensor,  # 1HWD, raw intensities, canonical orientation
+) -> torch.Tensor:  # 1HWD, float32, 1 or 0
     "What is not to be cut off: the foreground, or everything where there is none."
     inside = foreground(np.asarray(image[0]))
     return torch.from_numpy(inside if inside.any() else ~inside)[None].float()
 
 
-def normalised(image: MetaTensor,  # 1HWD, raw intensities, canonical orientation
-              ) -> MetaTensor:  # 1HWD, float32, mean 0 and standard deviation 1 over the foreground, 0 outside
+def normalised(
+    image: MetaTensor,  # 1HWD, raw intensities, canonical orientation
+) -> MetaTensor:  # 1HWD, float32, mean 0 and standard deviation 1 over the foreground, 0 outside
     "The normalisation on the image's own grid, its geometry kept."
     x = np.asarray(image[0])
     return convert_to_dst_type(zscore(x, foreground(x))[None], image)[0]
 
-
-def bundle_script() -> str:  # Python
-    "The steps of the preparation that MONAI does not have, as a module without this package."
-    head = f'"Foreground and normalisation as in seqtransfer {__version__}, of which this is a copy. SPDX-License-Identifier: Apache-2.0"\n'
-    used = "import numpy as np\nimport torch\nfrom monai.data import MetaTensor\nfrom monai.utils import convert_to_dst_type\nfrom skimage.filters import threshold_otsu\n"
-    return "\n\n".join([head + used, *map(inspect.getsource, (border, foreground, zscore, tissue, normalised))])
-
-# %% ../nbs/36_deploy.ipynb #29910cdc
-def _step(name: str, keys, **arguments) -> dict: return {"_target_": name, "keys": keys, **arguments}
-
-
-def _own(name: str) -> dict: return {"_target_": f"scripts.preparation.{name}", "_mode_": "callable"}
-
-
-def _preparation() -> list:
-    "From a file to what the network sees, as `prepare`."
-    return [_step("LoadImaged", "image", reader="NibabelReader", squeeze_non_spatial_dims=True), _step("EnsureChannelFirstd", "image"),
-            _step("CopyItemsd", "image", names="given"), _step("Orientationd", "image", axcodes="RAS", labels=[["L", "R"], ["P", "A"], ["I", "S"]]),
-            _step("CopyItemsd", "image", names="tissue"), _step("Lambdad", "tissue", func=_own("tissue"), track_meta=False),
-            _step("Lambdad", "image", func=_own("normalised"), track_meta=False), _step("CropForegroundd", "image", source_key="tissue", allow_smaller=True),
-            _step("Lambdad", "image", func="$lambda x: x if numpy.allclose(x.pixdim, @spacing, rtol=0.02) else @resample(x)", track_meta=False)]
-
-
-def _finish(label: str) -> list:
-    "From logits to a file, as `restore` and `predict`."
-    return [_step("Activationsd", "pred", sigmoid=True), _step("ResampleToMatchd", "pred", key_dst="given", mode="bilinear", padding_mode="zeros"),
-            _step("Lambdad", "pred", func="$lambda x: x > 0.5", track_meta=False),
-            _step("SaveImaged", "pred", output_dir="@output_dir", output_postfix=label, output_dtype="$numpy.uint8", separate_folder=False, resample=False)]
-
-# %% ../nbs/36_deploy.ipynb #2d5dea97
-def inference_config(plan: Plan,  # of the model
-                     label: str,  # the end of the masks' names
-                    ) -> dict:  # what `configs/inference.json` holds
-    "A configuration by which `python -m monai.bundle run` predicts all images of a folder."
-    name, arguments = network_arguments(plan)
-    return {"imports": ["$import collections", "$import numpy", "$import pathlib", "$import torch", "$from safetensors.torch import load_file"],
-            "bundle_root": ".", "dataset_dir": "$@bundle_root + '/images'", "output_dir": "$@bundle_root + '/masks'",
-            "images": "$sorted(str(p) for p in pathlib.Path(@dataset_dir).iterdir() if p.name.lower().endswith(('.nii', '.nii.gz', '.hdr', '.mgz')) and p.name[0] != '.')",
-            "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')", "spacing": list(plan.spacing), "patch": list(plan.patch),
-            "network_def": {"_target_": name, **arguments}, "weights": "$load_file(@bundle_root + '/models/model.safetensors')", "network": "$@network_def.to(@device).eval()",
-            "resample": {"_target_": "Spacing", "pixdim": "@spacing", "mode": "bilinear", "padding_mode": "border"},
-            "preprocessing": {"_target_": "Compose", "transforms": _preparation()},
-            "dataset": {"_target_": "Dataset", "data": "$[{'image': i} for i in @images]", "transform": "@preprocessing"},
-            "inferer": {"_target_": "SlidingWindowInferer", "roi_size": "@patch", "sw_batch_size": 2, "overlap": 0.5, "mode": "gaussian"},
-            "postprocessing": {"_target_": "Compose", "transforms": _finish(label)},
-            "bfloat16": plan.precision == "bfloat16", "forward": "$torch.autocast(@device.type, torch.bfloat16, enabled=@bfloat16)(lambda x: @inferer(x, @network).float())",
-            "predict": "$torch.inference_mode()(lambda x: @postprocessing({**x, 'pred': @forward(x['image'][None].to(@device))[0].cpu()}))",
-            "run": ["$@network_def.load_state_dict({**@network_def.state_dict(), **@weights})", "$collections.deque(map(@predict, @dataset), maxlen=0)"]}
-
-# %% ../nbs/36_deploy.ipynb #0a81b7dd
-_SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-
-
-def _tensor(plan: Plan, channel: str, **about) -> dict:
-    return {"type": "image", "num_channels": 1, "spatial_shape": list(plan.patch), "dtype": "float32", "value_range": [], "is_patch_data": True, "channel_def": {"0": channel}, **about}
-
-
-def bundle_metadata(plan: Plan,  # of the model
-                    about: dict,  # what the model says of itself: task, modality, label
-                   ) -> dict:  # what `configs/metadata.json` holds
-    "What a bundle says of its model."
-    task, modality, label = (about.get(k) or f"unknown {k}" for k in ("task", "modality", "label"))
-    fine, image = " x ".join(f"{s:g}" for s in plan.spacing), "mean 0 and standard deviation 1 over the foreground"
-    return {"schema": _SCHEMA, "version": "0.1.0", "changelog": {"0.1.0": f"exported by seqtransfer {__version__}"},
-            "monai_version": monai.__version__.split("+")[0], "pytorch_version": torch.__version__.split("+")[0], "numpy_version": np.__version__,
-            "required_packages_version": {p: version(p) for p in ("nibabel", "safetensors", "scikit-image", "fire")},
-            "name": f"{label} in {modality}", "task": f"Segmentation of {label} in {modality} images",
-            "description": f"A {network_arguments(plan)[0]}, last trained on the task {task}, that sees patches of {'x'.join(map(str, plan.patch))} voxels of {fine} mm.",
-            "authors": "those who trained it with seqtransfer", "copyright": "of those who trained it, and of their data", "data_source": task, "data_type": "NIfTI",
-            "image_classes": f"{modality}, {image}", "label_classes": f"1 is {label}, 0 is everything else", "pred_classes": f"one logit, positive where {label} is predicted",
-            "intended_use": "Research. It has not been examined for use with patients.",
-            "network_data_format": {"inputs": {"image": _tensor(plan, modality, format="magnitude", modality="MR")}, "outputs": {"pred": _tensor(plan, label, format="segmentation")}},
-            "seqtransfer": {"version": __version__, "plan": asdict(plan), "about": about}}
-
-# %% ../nbs/36_deploy.ipynb #4172db82
-_README = """# {name}
-
-{description} Exported by seqtransfer {version}, which is not needed to use it.
-
-Install what `configs/metadata.json` lists, e.g. `pip install monai nibabel safetensors scikit-image fire`, and give folders of your own:
-
-    python -m monai.bundle run --config_file BUNDLE/configs/inference.json --bundle_root BUNDLE --dataset_dir IMAGES --output_dir MASKS
-
-Every `.nii`, `.nii.gz`, `.hdr` and `.mgz` directly in IMAGES is read, one modality ({modality}) in each, in any orientation and spacing. Its mask, `<name>_{label}.nii.gz`, has its grid; 1 is {label}.
-
-The weights are in `models/model.safetensors`. `scripts/preparation.py` holds the two steps of the preparation that MONAI does not have; it is under the Apache licence, version 2.0. Of whose data and under which
-conditions the weights may be used is for those to say who trained them. {intended_use}
+# %% ../nbs/36_deploy.ipynb #3307fdff
+_SCRIPT_IMPORTS = """import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.utils import convert_to_dst_type
+from skimage.filters import threshold_otsu
 """
 
 
+def bundle_script() -> str:  # Python
+    "The steps of the preparation that MONAI does not have, as a module without this package."
+    head = (
+        f'"Foreground and normalisation as in seqtransfer {__version__}, of which this is a copy. '
+        'SPDX-License-Identifier: Apache-2.0"\n'
+    )
+    functions = map(inspect.getsource, (border, foreground, zscore, tissue, normalised))
+    return "\n\n".join([head + _SCRIPT_IMPORTS, *functions])
+
+# %% ../nbs/36_deploy.ipynb #29910cdc
+def _step(name: str, keys: str, **arguments) -> dict[str, object]:
+    "A transform of MONAI with its arguments, as a configuration names it."
+    return {"_target_": name, "keys": keys, **arguments}
+
+
+def _script_step(name: str) -> dict[str, str]:
+    "A function of the bundle's script, as a configuration names it."
+    return {"_target_": f"scripts.preparation.{name}", "_mode_": "callable"}
+
+
+def _preparation() -> list[dict]:
+    "From a file to what the network sees, as `prepare`."
+    resampled = "$lambda x: x if numpy.allclose(x.pixdim, @spacing, rtol=0.02) else @resample(x)"
+    return [
+        _step("LoadImaged", "image", reader="NibabelReader", squeeze_non_spatial_dims=True),
+        _step("EnsureChannelFirstd", "image"),
+        _step("CopyItemsd", "image", names="given"),
+        _step("Orientationd", "image", axcodes="RAS", labels=[["L", "R"], ["P", "A"], ["I", "S"]]),
+        _step("CopyItemsd", "image", names="tissue"),
+        _step("Lambdad", "tissue", func=_script_step("tissue"), track_meta=False),
+        _step("Lambdad", "image", func=_script_step("normalised"), track_meta=False),
+        _step("CropForegroundd", "image", source_key="tissue", allow_smaller=True),
+        _step("Lambdad", "image", func=resampled, track_meta=False),
+    ]
+
+# %% ../nbs/36_deploy.ipynb #ff6cd7e9
+def _finish(label: str) -> list[dict]:
+    "From logits to a file, as `restore` and `predict`."
+    file = {"output_dir": "@output_dir", "output_postfix": label, "output_dtype": "$numpy.uint8"}
+    return [
+        _step("Activationsd", "pred", sigmoid=True),
+        _step("ResampleToMatchd", "pred", key_dst="given", mode="bilinear", padding_mode="zeros"),
+        _step("Lambdad", "pred", func="$lambda x: x > 0.5", track_meta=False),
+        _step("SaveImaged", "pred", **file, separate_folder=False, resample=False),
+    ]
+
+# %% ../nbs/36_deploy.ipynb #cf134aca
+_IMPORTS = ("collections", "numpy", "pathlib", "torch")
+_IMAGES = (
+    "$sorted(str(p) for p in pathlib.Path(@dataset_dir).iterdir() "
+    "if p.name.lower().endswith(('.nii', '.nii.gz', '.hdr', '.mgz')) and p.name[0] != '.')"
+)
+_WINDOWS = {"roi_size": "@patch", "sw_batch_size": 2, "overlap": 0.5, "mode": "gaussian"}
+_FORWARD = "$torch.autocast(@device.type, torch.bfloat16, enabled=@bfloat16)(lambda x: @inferer(x, @network).float())"
+_PREDICT = (
+    "$torch.inference_mode()"
+    "(lambda x: @postprocessing({**x, 'pred': @forward(x['image'][None].to(@device))[0].cpu()}))"
+)
+_RUN = (
+    "$@network_def.load_state_dict({**@network_def.state_dict(), **@weights})",
+    "$collections.deque(map(@predict, @dataset), maxlen=0)",
+)
+
+
+def _folders() -> dict[str, object]:
+    "Where a bundle reads and writes, and on which device it computes."
+    return {
+        "imports": [*(f"$import {name}" for name in _IMPORTS), "$from safetensors.torch import load_file"],
+        "bundle_root": ".",
+        "dataset_dir": "$@bundle_root + '/images'",
+        "output_dir": "$@bundle_root + '/masks'",
+        "images": _IMAGES,
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+    }
+
+# %% ../nbs/36_deploy.ipynb #2d5dea97
+def inference_config(
+    plan: Plan,  # of the model
+    label: str,  # the end of the masks' names
+) -> dict[str, object]:  # what `configs/inference.json` holds
+    "A configuration by which `python -m monai.bundle run` predicts all images of a folder."
+    name, arguments = network_arguments(plan)
+    return {
+        **_folders(),
+        "spacing": list(plan.spacing),
+        "patch": list(plan.patch),
+        "network_def": {"_target_": name, **arguments},
+        "weights": "$load_file(@bundle_root + '/models/model.safetensors')",
+        "network": "$@network_def.to(@device).eval()",
+        "resample": {"_target_": "Spacing", "pixdim": "@spacing", "mode": "bilinear", "padding_mode": "border"},
+        "preprocessing": {"_target_": "Compose", "transforms": _preparation()},
+        "dataset": {"_target_": "Dataset", "data": "$[{'image': i} for i in @images]", "transform": "@preprocessing"},
+        "inferer": {"_target_": "SlidingWindowInferer", **_WINDOWS},
+        "postprocessing": {"_target_": "Compose", "transforms": _finish(label)},
+        "bfloat16": plan.precision == "bfloat16",
+        "forward": _FORWARD,
+        "predict": _PREDICT,
+        "run": list(_RUN),
+    }
+
+# %% ../nbs/36_deploy.ipynb #0a81b7dd
+def _tensor(plan: Plan, channel: str, **about) -> dict[str, object]:
+    "What the metadata say of the image that goes in, or of the one that comes out."
+    return {
+        "type": "image",
+        "num_channels": 1,
+        "spatial_shape": list(plan.patch),
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": True,
+        "channel_def": {"0": channel},
+        **about,
+    }
+
+
+def _data_format(plan: Plan, modality: str, label: str) -> dict[str, dict]:
+    "What the metadata say of the network's input and output."
+    image = _tensor(plan, modality, format="magnitude", modality="MR")
+    return {"inputs": {"image": image}, "outputs": {"pred": _tensor(plan, label, format="segmentation")}}
+
+# %% ../nbs/36_deploy.ipynb #c9380414
+_SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+_REQUIRED = ("nibabel", "safetensors", "scikit-image", "fire")  # beside MONAI, torch and numpy
+
+
+def _versions() -> dict[str, object]:
+    "The versions by which a bundle is made, and which it needs."
+    return {
+        "schema": _SCHEMA,
+        "version": "0.1.0",
+        "changelog": {"0.1.0": f"exported by seqtransfer {__version__}"},
+        "monai_version": monai.__version__.split("+")[0],
+        "pytorch_version": torch.__version__.split("+")[0],
+        "numpy_version": np.__version__,
+        "required_packages_version": {name: version(name) for name in _REQUIRED},
+    }
+
+# %% ../nbs/36_deploy.ipynb #1369ec23
+def _in_words(plan: Plan, task: str) -> str:
+    "A sentence about the model: network, last task, patch and spacing."
+    network, _ = network_arguments(plan)
+    patch, fine = "x".join(map(str, plan.patch)), " x ".join(f"{mm:g}" for mm in plan.spacing)
+    return f"A {network}, last trained on the task {task}, that sees patches of {patch} voxels of {fine} mm."
+
+# %% ../nbs/36_deploy.ipynb #2dfd8c80
+def bundle_metadata(
+    plan: Plan,  # of the model
+    about: dict,  # what the model says of itself: task, modality, label
+) -> dict[str, object]:  # what `configs/metadata.json` holds
+    "What a bundle says of its model."
+    task, modality, label = (about.get(k) or f"unknown {k}" for k in ("task", "modality", "label"))
+    return {
+        **_versions(),
+        "name": f"{label} in {modality}",
+        "task": f"Segmentation of {label} in {modality} images",
+        "description": _in_words(plan, task),
+        "authors": "those who trained it with seqtransfer",
+        "copyright": "of those who trained it, and of their data",
+        "data_source": task,
+        "data_type": "NIfTI",
+        "image_classes": f"{modality}, mean 0 and standard deviation 1 over the foreground",
+        "label_classes": f"1 is {label}, 0 is everything else",
+        "pred_classes": f"one logit, positive where {label} is predicted",
+        "intended_use": "Research. It has not been examined for use with patients.",
+        "network_data_format": _data_format(plan, modality, label),
+        "seqtransfer": {"version": __version__, "plan": asdict(plan), "about": about},
+    }
+
+# %% ../nbs/36_deploy.ipynb #4172db82
+_README = (
+    "# {name}\n"
+    "\n"
+    "{description} Exported by seqtransfer {version}, which is not needed to use it.\n"
+    "\n"
+    "Install what `configs/metadata.json` lists, e.g. `pip install monai nibabel safetensors scikit-image fire`, "
+    "and give folders of your own:\n"
+    "\n"
+    "    python -m monai.bundle run --config_file BUNDLE/configs/inference.json --bundle_root BUNDLE "
+    "--dataset_dir IMAGES --output_dir MASKS\n"
+    "\n"
+    "Every `.nii`, `.nii.gz`, `.hdr` and `.mgz` directly in IMAGES is read, one modality ({modality}) in each, "
+    "in any orientation and spacing. Its mask, `<name>_{label}.nii.gz`, has its grid; 1 is {label}.\n"
+    "\n"
+    "The weights are in `models/model.safetensors`. `scripts/preparation.py` holds the two steps of the preparation "
+    "that MONAI does not have; it is under the Apache licence, version 2.0. Of whose data and under which\n"
+    "conditions the weights may be used is for those to say who trained them. {intended_use}\n"
+)
+
+
+def _readme(metadata: dict, about: dict) -> str:
+    "The README of a bundle, in Markdown."
+    modality = about.get("modality") or "that it was trained on"
+    values = metadata | {"version": __version__}
+    return _README.format(**values, label=_label(about), modality=modality)
+
+# %% ../nbs/36_deploy.ipynb #024222e7
 def _fill(folder: Path, model: Path):
-    (plan, about), write = read_about(model), lambda name, text: (folder / name).write_text(text, encoding="utf-8")
+    "Writes the files of a bundle into a folder; raises `InputError` for weights that are not those of their plan."
+    plan, about = read_about(model)
     load_network(model)  # refuses weights that are not those of the plan
-    for name in ("configs", "models", "docs", "scripts"): (folder / name).mkdir()
-    told = bundle_metadata(plan, about)
-    write_json(folder / "configs" / "metadata.json", told)
+    for name in ("configs", "models", "docs", "scripts"):
+        (folder / name).mkdir()
+    metadata = bundle_metadata(plan, about)
+    write_json(folder / "configs" / "metadata.json", metadata)
     write_json(folder / "configs" / "inference.json", inference_config(plan, _label(about)))
     shutil.copyfile(model, folder / "models" / "model.safetensors")
-    write("docs/README.md", _README.format(**told | {"version": __version__}, label=_label(about), modality=about.get("modality") or "that it was trained on"))
-    write("scripts/__init__.py", ""); write("scripts/preparation.py", bundle_script())
+    texts = {
+        "docs/README.md": _readme(metadata, about),
+        "scripts/__init__.py": "",
+        "scripts/preparation.py": bundle_script(),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 # %% ../nbs/36_deploy.ipynb #c1f852bf
-def export_bundle(model: Path | str,  # `.safetensors` file of a trained network
-                  out: Path | str,  # folder of the bundle; new, or empty
-                 ) -> Path:  # `out`
-    "Writes a model as a MONAI bundle, whole or not at all; raises `InputError` for a file that is no model and a folder that holds anything."
+def export_bundle(
+    model: Path | str,  # `.safetensors` file of a trained network
+    out: Path | str,  # folder of the bundle; new, or empty
+) -> Path:  # `out`
+    """Writes a model as a MONAI bundle, whole or not at all; raises `InputError` for a file that is no model and a
+    folder that holds anything."""
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f"{out} exists: choose another folder for the bundle, or delete it first.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists: choose another folder for the bundle, or delete it first.")
     with tempfile.TemporaryDirectory(dir=writable(out.absolute().parent), prefix=".part-") as part:
+        made = Path(part) / "bundle"
         try:
-            (made := Path(part) / "bundle").mkdir()
+            made.mkdir()
             _fill(made, Path(model))
-            if out.exists(): out.rmdir()
+            if out.exists():
+                out.rmdir()
             os.replace(made, out)
-        except OSError as e: raise InputError(f"The bundle {out} cannot be written ({e.strerror}): free some space there, or choose another folder.") from e
+        except OSError as e:
+            raise InputError(
+                f"The bundle {out} cannot be written ({e.strerror}): free some space there, or choose another folder."
+            ) from e
     return out

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['POPULATIONS', 'TISSUES', 'CONTRAST', 'GLIOMA', 'WMH', 'INFANT', 'DEMO', 'FETS_LABELS', 'FETS', 'WMH_LABELS',
-           'WMH2017', 'ISEG_LABELS', 'ISEG', 'Grid', 'grid_of', 'smooth_noise', 'ellipsoid', 'tube', 'fraction',
-           'Population', 'lobes', 'sulci', 'ventricles', 'nuclei', 'Anatomy', 'bent_grid', 'anatomy', 'tumour',
-           'hyperintensities', 'infarct', 'plant', 'coarser', 'Site', 'mixture', 'render', 'Cohort', 'label_map',
-           'Patient', 'patient']
+           'WMH2017', 'ISEG_LABELS', 'ISEG', 'VoxelGrid', 'grid_of', 'smooth_noise', 'ellipsoid', 'tube', 'fraction',
+           'Population', 'lobes', 'sulci', 'ventricles', 'nuclei', 'bent_grid', 'Anatomy', 'anatomy', 'tumour',
+           'hyperintensities', 'infarct', 'plant', 'coarser', 'Site', 'mixture', 'render', 'Delineation', 'Cohort',
+           'label_map', 'Patient', 'patient']
 
 # %% ../nbs/02_phantom.ipynb #a0099481
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,9 +24,10 @@ from .core import InputError, seed_for
 
 # %% ../nbs/02_phantom.ipynb #fdcf58b4
 @dataclass(frozen=True)
-class Grid:
+class VoxelGrid:
     "A grid of cubic voxels, 0 mm in its middle."
-    shape: tuple  # voxels along H, W, D
+
+    shape: tuple[int, ...]  # voxels along H, W, D
     fov: float = 240.0  # length of the longest axis, mm
 
     @property
@@ -34,66 +36,113 @@ class Grid:
         return self.fov / max(self.shape)
 
     @property
-    def axes(self) -> tuple:  # three arrays, mm
+    def axes(self) -> tuple[np.ndarray, ...]:  # three arrays, mm
         "Where the voxel centres are along H, W, D."
-        return tuple(((np.arange(n) + 0.5 - n / 2) * self.voxel) for n in self.shape)
+        return tuple((np.arange(n) + 0.5 - n / 2) * self.voxel for n in self.shape)
 
-    def finer(self, k: int) -> "Grid":
-        "The same field of view with voxels k times shorter."
-        return Grid(tuple(k * n for n in self.shape), self.fov)
+    def finer(
+        self,
+        k: int,  # factor on the number of voxels
+    ) -> "VoxelGrid":  # with voxels k times shorter
+        "A finer grid over the same field of view."
+        return VoxelGrid(tuple(k * n for n in self.shape), self.fov)
 
+# %% ../nbs/02_phantom.ipynb #e936ab8a
+def grid_of(
+    shape: int | Sequence[int],  # voxels: one number for a cube, or three
+    fov: float = 240.0,  # length of the longest axis, mm
+) -> VoxelGrid:  # with a shape of three numbers
+    "The grid of a shape. Raises `InputError` when it is too coarse to hold a lesion."
+    along = shape if np.ndim(shape) else (shape,) * 3
+    voxels = tuple(int(n) for n in along)
+    if len(voxels) != 3 or min(voxels) < 16:
+        raise InputError(
+            f"A phantom of size {'x'.join(map(str, voxels))} is too coarse to hold a lesion: "
+            "choose at least 16 voxels along each of three axes."
+        )
+    return VoxelGrid(voxels, fov)
 
-def grid_of(shape: int | Sequence[int],  # voxels: one number for a cube, or three
-            fov: float = 240.0,  # length of the longest axis, mm
-           ) -> Grid:  # with a shape of three numbers
-    "The grid of a shape; raises `InputError` when it is too coarse to hold a lesion."
-    shape = tuple(int(n) for n in (shape if np.ndim(shape) else (shape,) * 3))
-    if len(shape) != 3 or min(shape) < 16:
-        raise InputError(f"A phantom of size {'x'.join(map(str, shape))} is too coarse to hold a lesion: choose at least 16 voxels along each of three axes.")
-    return Grid(shape, fov)
+# %% ../nbs/02_phantom.ipynb #eb24b5b7
+def _spline_values(
+    coefficients: np.ndarray,  # nodes along the first axis, any others behind it
+    at: np.ndarray,  # where to sample the first axis, mm from its beginning
+    h: float,  # distance of the nodes, mm
+) -> np.ndarray:  # the other axes, then the samples
+    "A cubic B-spline sampled along the first axis of its coefficients, which becomes the last."
+    n, *others = coefficients.shape
+    knots = (np.arange(n + 4) - 3.0) * h
+    basis = BSpline.design_matrix(at, knots, 3)
+    sampled = basis @ coefficients.reshape(n, -1)
+    return np.moveaxis(sampled.reshape(len(at), *others), 0, -1)
 
 # %% ../nbs/02_phantom.ipynb #12a8cd91
-def smooth_noise(rng: np.random.Generator,  # source of the lattice's normal numbers
-                 grid: Grid,  # where to sample
-                 h: float,  # distance of the lattice's nodes, mm: detail is about this large
-                ) -> np.ndarray:  # HWD float32, mean 0, variance 1
+_BASIS_POWER = 151 / 315  # mean over a cell of the sum of squared cubic basis functions, along one axis
+
+
+def smooth_noise(
+    rng: np.random.Generator,  # source of the lattice's normal numbers
+    grid: VoxelGrid,  # where to sample
+    h: float,  # distance of the lattice's nodes, mm: detail is about this large
+) -> np.ndarray:  # HWD float32, mean 0, variance 1
     "A smooth random field over the field of view: a cubic B-spline with normal coefficients, the same for any shape."
     n = int(np.ceil(grid.fov / h)) + 3
     values = rng.standard_normal((n, n, n))
-    for centres in grid.axes:  # one axis at a time, then the next axis comes first
-        basis = BSpline.design_matrix(centres + grid.fov / 2, (np.arange(n + 4) - 3.0) * h, 3)
-        values = np.moveaxis((basis @ values.reshape(len(values), -1)).reshape(len(centres), *values.shape[1:]), 0, -1)
-    # the mean over a cell of the sum of squared basis functions is 151/315 along an axis
-    return (values / (151 / 315) ** 1.5).astype(np.float32)
+    for centres in grid.axes:  # each call samples one axis and brings the next to the front
+        values = _spline_values(values, centres + grid.fov / 2, h)
+    return (values / _BASIS_POWER**1.5).astype(np.float32)
 
 # %% ../nbs/02_phantom.ipynb #7c058ae1
-def ellipsoid(p: np.ndarray,  # (3, N) mm
-              centre: ArrayLike,  # 3 numbers, mm
-              axes: ArrayLike,  # 3 semi-axes, mm
-             ) -> np.ndarray:  # (N,) depth in mm, first-order exact at the surface
-    "Depth below the surface of an ellipsoid."
-    r = np.reshape(np.asarray(axes, p.dtype), (3, 1))
-    u = (p - np.reshape(np.asarray(centre, p.dtype), (3, 1))) / r + np.asarray(1e-6, p.dtype)  # defined in the centre too
+def _column(
+    xyz: ArrayLike,  # three numbers
+    dtype: np.dtype,  # of the points they meet
+) -> np.ndarray:  # (3, 1)
+    "Three numbers as a column, to be broadcast over points."
+    return np.reshape(np.asarray(xyz, dtype), (3, 1))
+
+
+def ellipsoid(
+    p: np.ndarray,  # (3, N) mm
+    centre: ArrayLike,  # 3 numbers, mm
+    axes: ArrayLike,  # 3 semi-axes, mm
+) -> np.ndarray:  # (N,) depth in mm
+    "Depth below the surface of an ellipsoid, exact to first order at the surface."
+    r = _column(axes, p.dtype)
+    tiny = np.asarray(1e-6, p.dtype)  # so that the centre has a depth too
+    u = (p - _column(centre, p.dtype)) / r + tiny
     k = np.sqrt((u * u).sum(0))
-    return k * (1 - k) / np.sqrt(((u / r) ** 2).sum(0))
+    slope = np.sqrt(((u / r) ** 2).sum(0))
+    return k * (1 - k) / slope
+
+# %% ../nbs/02_phantom.ipynb #23ddea08
+def _capsule(
+    p: np.ndarray,  # (3, N) mm
+    ends: tuple[ArrayLike, ArrayLike],  # of its axis, mm
+    radii: tuple[float, float],  # at either end, mm
+) -> np.ndarray:  # (N,) depth in mm
+    "Depth below the surface of one segment, whose radius changes linearly."
+    start = _column(ends[0], p.dtype)
+    along = _column(np.subtract(ends[1], ends[0]), p.dtype)
+    t = np.clip(((p - start) * along).sum(0) / (along * along).sum(), 0, 1)
+    distance = np.sqrt(((p - start - t * along) ** 2).sum(0))
+    return radii[0] + t * (radii[1] - radii[0]) - distance
 
 
-def tube(p: np.ndarray,  # (3, N) mm
-         points: ArrayLike,  # corners of a line, each 3 numbers in mm
-         radii: ArrayLike,  # radius at each corner, mm
-        ) -> np.ndarray:  # (N,) depth in mm
+def tube(
+    p: np.ndarray,  # (3, N) mm
+    points: ArrayLike,  # corners of a line, each 3 numbers in mm
+    radii: ArrayLike,  # radius at each corner, mm
+) -> np.ndarray:  # (N,) depth in mm
     "Depth below the surface of a bent tube whose radius changes linearly between its corners."
     depth = np.full(p.shape[1], -np.inf, p.dtype)
-    for a, b, ra, rb in zip(points, points[1:], radii, radii[1:]):
-        a, ab = np.reshape(np.asarray(a, p.dtype), (3, 1)), np.subtract(b, a).astype(p.dtype)[:, None]
-        t = np.clip(((p - a) * ab).sum(0) / (ab * ab).sum(), 0, 1)
-        depth = np.maximum(depth, ra + t * (rb - ra) - np.sqrt(((p - a - t * ab) ** 2).sum(0)))
+    for ends, at_ends in zip(zip(points, points[1:]), zip(radii, radii[1:])):
+        depth = np.maximum(depth, _capsule(p, ends, at_ends))
     return depth
 
-
-def fraction(depth: np.ndarray,  # mm, positive inside
-             voxel: float,  # voxel size, mm
-            ) -> np.ndarray:  # in [0, 1]
+# %% ../nbs/02_phantom.ipynb #7894de0f
+def fraction(
+    depth: np.ndarray,  # mm, positive inside
+    voxel: float,  # voxel size, mm
+) -> np.ndarray:  # in [0, 1]
     "How much of a voxel is inside: a ramp one voxel wide."
     return np.clip(depth / voxel + 0.5, 0, 1)
 
@@ -101,6 +150,7 @@ def fraction(depth: np.ndarray,  # mm, positive inside
 @dataclass(frozen=True)
 class Population:
     "What the members of a population share; each patient varies around it."
+
     fov: float = 240.0  # field of view, mm
     scale: float = 0.96  # size of the brain
     ventricle: float = 1.0  # radius of the ventricles, as a factor
@@ -108,234 +158,424 @@ class Population:
     grey: float = 1.4  # volume of grey over white matter
 
 
-POPULATIONS = {"adult": Population(), "elderly": Population(ventricle=1.5, sulcus=1.5, scale=0.94),
-               "infant": Population(fov=200.0, scale=0.82, ventricle=0.9, sulcus=1.1, grey=1.5)}
+POPULATIONS = {
+    "adult": Population(),
+    "elderly": Population(ventricle=1.5, sulcus=1.5, scale=0.94),
+    "infant": Population(fov=200.0, scale=0.82, ventricle=0.9, sulcus=1.1, grey=1.5),
+}
 
 # %% ../nbs/02_phantom.ipynb #3989c174
-def lobes(p: np.ndarray,  # (3, N) mm, a standard brain's coordinates
-         ) -> np.ndarray:  # (3, N) depth below the surface of the cerebrum, the cerebellum and the stem, mm
+def _on_the_right(
+    p: np.ndarray,  # (3, N) mm
+) -> np.ndarray:  # (3, N) mm, x not negative
+    "Points of the left side moved to their mirror images."
+    return np.stack([np.abs(p[0]), p[1], p[2]])
+
+
+def lobes(
+    p: np.ndarray,  # (3, N) mm, a standard brain's coordinates
+) -> np.ndarray:  # (3, N) depth below the surface of the cerebrum, the cerebellum and the stem, mm
     "The hull of the brain in three parts."
-    q = np.stack([np.abs(p[0]), p[1], p[2]])
-    upper, lower = ellipsoid(q, (0, 0, 5), (70, 88, 66)), ellipsoid(q, (0, 2, 5), (68, 86, 36))
+    q = _on_the_right(p)
+    upper = ellipsoid(q, (0, 0, 5), (70, 88, 66))
+    lower = ellipsoid(q, (0, 2, 5), (68, 86, 36))
     cerebrum = np.where(q[2] > 5, upper, lower)
     temporal = np.maximum(ellipsoid(q, (41, 6, -22), (22, 42, 22)), ellipsoid(q, (34, -46, -8), (28, 36, 22)))
     cerebellum = np.maximum(ellipsoid(q, (24, -56, -42), (28, 31, 23)), ellipsoid(q, (0, -56, -40), (20, 26, 22)))
     stem = tube(p, [(0, -10, -8), (0, -16, -30), (0, -24, -52), (0, -30, -85)], (14, 15, 12, 8))
     return np.stack([np.maximum(cerebrum, temporal), cerebellum, stem])
 
+# %% ../nbs/02_phantom.ipynb #1239d1ac
+_FOLD_GRID = grid_of(64)  # folds are drawn on voxels of 3.75 mm, whatever the patient's grid
+
+
+def _zero_distance(
+    rng: np.random.Generator,  # draws the field
+) -> np.ndarray:  # HWD on `_FOLD_GRID`, mm, with the sign of the field
+    "The distance from the zeros of a random field."
+    s = smooth_noise(rng, _FOLD_GRID, 10.0)
+    squared_slope = sum(np.gradient(s, _FOLD_GRID.voxel, axis=a) ** 2 for a in range(3))
+    flat = 0.3 * squared_slope.mean()  # keeps flat places from becoming holes
+    return s / np.sqrt(squared_slope + flat)
+
+# %% ../nbs/02_phantom.ipynb #91d496f9
+def _between_hemispheres(
+    p: np.ndarray,  # (3, N) mm
+) -> np.ndarray:  # (N,) mm
+    "The distance from the fissure between the hemispheres."
+    inner = np.hypot((p[1] + 4) / 52, (p[2] - 2) / 30)
+    joined = np.maximum(1 - inner, 0) * 30  # below the callosum
+    return np.hypot(p[0], joined)
+
+
+def _sylvian_fissure(
+    p: np.ndarray,  # (3, N) mm
+) -> np.ndarray:  # (N,) mm
+    "The distance from the Sylvian fissures, which slope upwards to the front."
+    above = p[2] + 6 - 0.25 * (p[1] - 5)
+    too_medial = np.maximum(38 - np.abs(p[0]), 0)
+    too_far = np.maximum(np.abs(p[1] - 5) - 30, 0)
+    return np.sqrt(above**2 + too_medial**2 + too_far**2)
+
+# %% ../nbs/02_phantom.ipynb #47175aa4
+def _relative_radius(
+    p: np.ndarray,  # (3, N) mm
+) -> np.ndarray:  # (N,) 0 in the middle of the cerebrum, about 1 on its surface
+    "How far a point is on its way from the middle of the cerebrum to the surface."
+    height = np.where(p[2] > 5, 66, 36)
+    return np.sqrt((p[0] / 70) ** 2 + (p[1] / 88) ** 2 + ((p[2] - 5) / height) ** 2)
+
+
+def _on_fold_grid(
+    p: np.ndarray,  # (3, N) mm
+    radius: np.ndarray,  # (N,) of `_relative_radius`
+) -> np.ndarray:  # (3, N) voxel coordinates in `_FOLD_GRID`
+    "Where the folds above each point are read: most of the way to the surface."
+    outwards = p / np.maximum(radius, 0.3) ** 0.75
+    return outwards / _FOLD_GRID.voxel + 31.5
+
 # %% ../nbs/02_phantom.ipynb #a95e1e29
-def sulci(p: np.ndarray,  # (3, N) mm
-          depth: np.ndarray,  # (N,) mm below the cerebrum's surface
-          rng: np.random.Generator,  # draws the folds
-         ) -> np.ndarray:  # (N,) mm from the middle of the nearest sulcus
+def sulci(
+    p: np.ndarray,  # (3, N) mm
+    depth: np.ndarray,  # (N,) mm below the cerebrum's surface
+    rng: np.random.Generator,  # draws the folds
+) -> np.ndarray:  # (N,) mm from the middle of the nearest sulcus
     "The distance from the sulci, the fissure between the hemispheres and the Sylvian fissures."
-    coarse = grid_of(64)
-    s = smooth_noise(rng, coarse, 10.0)
-    slope = sum(np.gradient(s, coarse.voxel, axis=a) ** 2 for a in range(3))
-    s = s / np.sqrt(slope + 0.3 * slope.mean())  # the constant keeps flat places from becoming holes
-    reach = 16 + 4 * smooth_noise(rng, coarse, 25.0)  # how deep a sulcus goes, mm
-    k = np.sqrt((p[0] / 70) ** 2 + (p[1] / 88) ** 2 + ((p[2] - 5) / np.where(p[2] > 5, 66, 36)) ** 2)
-    at = p / np.maximum(k, 0.3) ** 0.75 / coarse.voxel + 31.5
-    s, reach = (ndimage.map_coordinates(v, at, order=1, mode="nearest") for v in (s, reach))
-    inner = np.hypot((p[1] + 4) / 52, (p[2] - 2) / 30)  # below the callosum the hemispheres are joined
-    fissure = np.hypot(p[0], np.maximum(1 - inner, 0) * 30)
-    sheet = np.hypot(np.abs(s) * np.minimum(k, 1), np.maximum(np.minimum(depth, fissure + 8) - reach, 0))
-    sheet = np.hypot(sheet, np.maximum(ellipsoid(p, (0, -6, 3), (42, 52, 33)), 0))  # none among the nuclei and ventricles
-    lateral = np.abs(p[0])
-    sylvian = np.sqrt((p[2] + 6 - 0.25 * (p[1] - 5)) ** 2 + np.maximum(38 - lateral, 0) ** 2 + np.maximum(np.abs(p[1] - 5) - 30, 0) ** 2)
-    return np.minimum(np.minimum(sheet, fissure), sylvian)
+    sheets = _zero_distance(rng)
+    reaches = 16 + 4 * smooth_noise(rng, _FOLD_GRID, 25.0)  # how deep a sulcus goes, mm
+    radius = _relative_radius(p)
+    at = _on_fold_grid(p, radius)
+    s = ndimage.map_coordinates(sheets, at, order=1, mode="nearest")
+    reach = ndimage.map_coordinates(reaches, at, order=1, mode="nearest")
+    fissure = _between_hemispheres(p)
+    too_deep = np.maximum(np.minimum(depth, fissure + 8) - reach, 0)
+    sheet = np.hypot(np.abs(s) * np.minimum(radius, 1), too_deep)
+    among_nuclei = np.maximum(ellipsoid(p, (0, -6, 3), (42, 52, 33)), 0)
+    sheet = np.hypot(sheet, among_nuclei)
+    return np.minimum(np.minimum(sheet, fissure), _sylvian_fissure(p))
 
 # %% ../nbs/02_phantom.ipynb #1302d086
-def ventricles(p: np.ndarray,  # (3, N) mm
-               wide: float = 1.0,  # factor on the radii
-              ) -> tuple:  # depth (N,) of the lateral ventricles and of all ventricles, mm
+def ventricles(
+    p: np.ndarray,  # (3, N) mm
+    wide: float = 1.0,  # factor on the radii
+) -> tuple[np.ndarray, np.ndarray]:  # depth (N,) of the lateral ventricles and of all ventricles, mm
     "The ventricles."
-    q = np.stack([np.abs(p[0]), p[1], p[2]])
-    horns = [(11, 32, 8), (9, 12, 17), (11, -12, 20), (22, -38, 12), (19, -58, 8)]
-    lateral = tube(q, horns, np.array([5, 5, 4.5, 6.5, 2.5]) * wide)
-    lateral = np.maximum(lateral, tube(q, [(22, -38, 12), (33, -22, -12), (31, -4, -20)], np.array([5, 2.5, 2]) * wide))
-    middle = tube(p, [(0, 6, -2), (0, -16, 0)], (2.5 * wide, 2.5 * wide))
-    return lateral, np.maximum(lateral, np.maximum(middle, ellipsoid(p, (0, -36, -38), (6, 5, 8))))
+    q = _on_the_right(p)
+    frontal_to_occipital = [(11, 32, 8), (9, 12, 17), (11, -12, 20), (22, -38, 12), (19, -58, 8)]
+    temporal = [(22, -38, 12), (33, -22, -12), (31, -4, -20)]
+    lateral = tube(q, frontal_to_occipital, np.array([5, 5, 4.5, 6.5, 2.5]) * wide)
+    lateral = np.maximum(lateral, tube(q, temporal, np.array([5, 2.5, 2]) * wide))
+    third = tube(p, [(0, 6, -2), (0, -16, 0)], (2.5 * wide, 2.5 * wide))
+    fourth = ellipsoid(p, (0, -36, -38), (6, 5, 8))
+    return lateral, np.maximum(lateral, np.maximum(third, fourth))
 
-
-def nuclei(p: np.ndarray,  # (3, N) mm
-          ) -> np.ndarray:  # (N,) depth below the surface of the nearest nucleus, mm
+# %% ../nbs/02_phantom.ipynb #75c00b10
+def nuclei(
+    p: np.ndarray,  # (3, N) mm
+) -> np.ndarray:  # (N,) depth below the surface of the nearest nucleus, mm
     "The deep grey matter: thalamus, caudate nucleus, putamen and pallidum on both sides."
-    q = np.stack([np.abs(p[0]), p[1], p[2]])
-    shapes = [((12, -13, 4), (9, 15, 10)), ((16, 20, 9), (6, 15, 11)), ((27, 5, 1), (8, 19, 11))]
-    return np.max([ellipsoid(q, c, r) for c, r in shapes], axis=0)
+    q = _on_the_right(p)
+    thalamus = ellipsoid(q, (12, -13, 4), (9, 15, 10))
+    caudate = ellipsoid(q, (16, 20, 9), (6, 15, 11))
+    putamen_and_pallidum = ellipsoid(q, (27, 5, 1), (8, 19, 11))
+    return np.max([thalamus, caudate, putamen_and_pallidum], axis=0)
 
 # %% ../nbs/02_phantom.ipynb #a0a717d9
-@dataclass(frozen=True)
-class Anatomy:
-    "A healthy brain on a grid."
-    fractions: np.ndarray  # 4HWD float32: CSF, GM, WM, deep grey (DG); they sum to the part of the voxel that is brain
-    to_ventricle: np.ndarray  # HWD float32: mm from the lateral ventricles (negative inside)
-    to_fluid: np.ndarray  # HWD float32: mm from the fluid outside the cortex (negative inside it)
-    grid: Grid  # where it was sampled
-
-
-def bent_grid(rng: np.random.Generator,  # draws the patient's stretch and warp
-              grid: Grid,  # the voxels
-              population: Population,  # its scale
-             ) -> np.ndarray:  # 3HWD float32: where each voxel lies in a standard brain, mm
-    "The patient's own shape: a head larger or smaller by some 2.5 %, every axis stretched by as much, a smooth warp of about 3 mm, and a small shift."
+def bent_grid(
+    rng: np.random.Generator,  # draws the patient's stretch and warp
+    grid: VoxelGrid,  # the voxels
+    population: Population,  # its scale
+) -> np.ndarray:  # 3HWD float32: where each voxel lies in a standard brain, mm
+    """The patient's own shape: a head larger or smaller by some 2.5 %, every axis stretched by as much,
+    a smooth warp of about 3 mm, and a small shift."""
     p = np.stack(np.meshgrid(*grid.axes, indexing="ij")).astype(np.float32)
     size = population.scale * np.exp(0.025 * np.clip(rng.standard_normal(), -2, 2))
     stretch = size * (1 + 0.025 * rng.standard_normal(3)).clip(0.95, 1.05)
-    p += np.float32(3) * np.stack([smooth_noise(rng, grid, 45.0) for _ in range(3)])
-    return (p - 2 * rng.standard_normal(3)[:, None, None, None]).astype(np.float32) / stretch.astype(np.float32)[:, None, None, None]
+    warp = np.stack([smooth_noise(rng, grid, 45.0) for _ in range(3)])
+    shift = 2 * rng.standard_normal(3)
+    p += np.float32(3) * warp
+    moved = (p - shift[:, None, None, None]).astype(np.float32)
+    return moved / stretch.astype(np.float32)[:, None, None, None]
+
+# %% ../nbs/02_phantom.ipynb #80347a9f
+def _below_fluid(
+    p: np.ndarray,  # (3, N) mm
+    population: Population,  # the width of its sulci
+    wide: float,  # the patient's factor on that width
+    rng: np.random.Generator,  # draws the folds
+) -> np.ndarray:  # (N,) mm below the fluid outside the brain, negative in it
+    "The depth below the fluid that surrounds cerebrum, cerebellum and stem."
+    parts = lobes(p)
+    cerebrum, cerebellum, stem = parts
+    convexity = parts.max(0) - 2.0 * wide
+    folds = sulci(p, cerebrum, rng) - population.sulcus * wide
+    return np.choose(parts.argmax(0), [np.minimum(convexity, folds), cerebellum - 1.5, stem - 1.0])
+
+# %% ../nbs/02_phantom.ipynb #a14ac49f
+def _below_cortex(
+    fluid: np.ndarray,  # (N,) mm below the fluid
+    part: np.ndarray,  # (N,) 0 cerebrum, 1 cerebellum, 2 stem
+    solid: np.ndarray,  # (N,) the fraction that is no deep grey matter
+    wet: np.ndarray,  # (N,) the fraction that is ventricle
+    ratio: float,  # volume of grey over white matter
+) -> np.ndarray:  # (N,) mm below the cortex, negative in it
+    "The depth below the cortex, or the rind of the cerebellum, of the thickness that gives the ratio."
+    rind = np.choose(part, [fluid, fluid / 3, fluid + 1e3]) * solid
+    tissue = (fluid > 0) & (wet < 0.5)
+    thick = np.quantile(rind[tissue], ratio / (1 + ratio))
+    return np.choose(part, [fluid - thick, fluid - 3 * thick, fluid])
+
+# %% ../nbs/02_phantom.ipynb #e8327619
+def _tissue_fractions(
+    solid: np.ndarray,  # (N,) the fraction inside the fluid's boundary
+    wm: np.ndarray,  # (N,) the fraction below the cortex
+    deep: np.ndarray,  # (N,) the fraction in the nuclei
+    wet: np.ndarray,  # (N,) the fraction in the ventricles
+) -> np.ndarray:  # (4, N) CSF, GM, WM, DG; they sum to 1
+    "Tissue fractions from those of their boundaries: ventricles replace nuclei, and nuclei replace the layers."
+    gm, csf = solid - wm, 1 - solid
+    shallow = 1 - deep
+    tissues = np.stack([csf * shallow, gm * shallow, wm * shallow, deep]) * (1 - wet)
+    tissues[0] += wet
+    return tissues
 
 # %% ../nbs/02_phantom.ipynb #f6935fc4
-def _spread(values: np.ndarray, inside: np.ndarray, shape: tuple) -> np.ndarray:
-    "Values known inside the head on the whole grid, 0 elsewhere."
-    out = np.zeros(values.shape[:-1] + inside.shape, np.float32)
-    out[..., inside] = values
-    return out.reshape(values.shape[:-1] + shape)
+@dataclass(frozen=True)
+class Anatomy:
+    "A healthy brain on a grid."
 
-# %% ../nbs/02_phantom.ipynb #8d6799c5
-def anatomy(rng: np.random.Generator,  # draws the patient
-            shape: int | Sequence[int] = 96,  # voxels along the axes, one number or three
-            population: Population = POPULATIONS["adult"],  # who
-           ) -> Anatomy:  # tissue fractions and distances on the grid
+    fractions: np.ndarray  # 4HWD float32: CSF, GM, WM, deep grey (DG); they sum to the part of the voxel that is brain
+    to_ventricle: np.ndarray  # HWD float32: mm from the lateral ventricles (negative inside)
+    to_fluid: np.ndarray  # HWD float32: mm from the fluid outside the cortex (negative inside it)
+    grid: VoxelGrid  # where it was sampled
+
+
+def _spread(
+    values: np.ndarray,  # ...N, of the voxels inside
+    inside: np.ndarray,  # (HWD,) flat mask with N voxels
+    shape: tuple[int, ...],  # H, W, D
+) -> np.ndarray:  # ...HWD float32
+    "Values known inside the head on the whole grid, 0 elsewhere."
+    lead = values.shape[:-1]
+    whole = np.zeros(lead + inside.shape, np.float32)
+    whole[..., inside] = values
+    return whole.reshape(lead + shape)
+
+# %% ../nbs/02_phantom.ipynb #6e1874f5
+def anatomy(
+    rng: np.random.Generator,  # draws the patient
+    shape: int | Sequence[int] = 96,  # voxels along the axes, one number or three
+    population: Population = POPULATIONS["adult"],  # who
+) -> Anatomy:  # tissue fractions and distances on the grid
     "A healthy brain drawn from a population, right-anterior-superior."
-    jitter = np.exp(rng.normal(0, (0.2, 0.15, 0.04)))  # ventricles, sulci, grey over white
+    ventricle, sulcus, grey = np.exp(rng.normal(0, (0.2, 0.15, 0.04)))  # the patient's factors on the population's
     grid = grid_of(shape, population.fov)
-    voxel, bent = grid.voxel, bent_grid(rng, grid, population).reshape(3, -1)
+    bent = bent_grid(rng, grid, population).reshape(3, -1)
     hull = lobes(bent).max(0)
-    inside = hull > -voxel
+    inside = hull > -grid.voxel
     p = bent[:, inside]
-    parts = lobes(p)
-    fluid = np.minimum(parts.max(0) - 2.0 * jitter[1], sulci(p, parts[0], rng) - population.sulcus * jitter[1])
-    fluid = np.choose(parts.argmax(0), [fluid, parts[1] - 1.5, parts[2] - 1.0])
-    lateral, all_ventricles = ventricles(p, population.ventricle * jitter[0])
-    deep, wet = fraction(nuclei(p), voxel), fraction(all_ventricles, voxel)
-    # the cerebellum's folia are finer than any voxel, so a rind three times as thick stands for them; the stem has none
-    rind = np.choose(parts.argmax(0), [fluid, fluid / 3, fluid + 1e3]) * (1 - deep)
-    grey = population.grey * jitter[2]
-    thick = np.quantile(rind[(fluid > 0) & (wet < 0.5)], grey / (1 + grey))
-    wm = fraction(np.choose(parts.argmax(0), [fluid - thick, fluid - 3 * thick, fluid]), voxel)
-    gm, csf = fraction(fluid, voxel) - wm, 1 - fraction(fluid, voxel)
-    tissues = np.stack([csf * (1 - deep), gm * (1 - deep), wm * (1 - deep), deep]) * (1 - wet)
-    tissues[0] += wet
-    tissues *= fraction(hull[inside], voxel)
-    return Anatomy(*(_spread(v, inside, grid.shape) for v in (tissues, -lateral, fluid)), grid)
+    fluid = _below_fluid(p, population, sulcus, rng)
+    lateral, all_ventricles = ventricles(p, population.ventricle * ventricle)
+    deep, wet = fraction(nuclei(p), grid.voxel), fraction(all_ventricles, grid.voxel)
+    white = _below_cortex(fluid, lobes(p).argmax(0), 1 - deep, wet, population.grey * grey)
+    tissues = _tissue_fractions(fraction(fluid, grid.voxel), fraction(white, grid.voxel), deep, wet)
+    tissues *= fraction(hull[inside], grid.voxel)
+    on_grid = [_spread(values, inside, grid.shape) for values in (tissues, -lateral, fluid)]
+    return Anatomy(*on_grid, grid)
+
+# %% ../nbs/02_phantom.ipynb #edfcf622
+def _distance_from(
+    centre: ArrayLike,  # 3 numbers, mm
+    grid: VoxelGrid,  # the voxels
+    stretch: ArrayLike = (1.0, 1.0, 1.0),  # along each axis
+) -> np.ndarray:  # HWD, mm
+    "The distance of each voxel from a point; stretched, the distance within an ellipsoid."
+    offsets = [(x - c) / s for x, c, s in zip(grid.axes, centre, stretch)]
+    return np.sqrt(sum(x**2 for x in np.ix_(*offsets)))
+
+# %% ../nbs/02_phantom.ipynb #e7cc8fb7
+@dataclass(frozen=True)
+class _Glioma:
+    "Place, size and shape of one glioma."
+
+    centre: np.ndarray  # 3 numbers, mm
+    radius: float  # of the tumour core, mm
+    rim: float  # thickness of the enhancing rim, relative to the radius
+    halo: float  # reach of the oedema in deep white matter, relative to the radius
+    stretch: np.ndarray  # 3 factors
+
+
+def _drawn_glioma(
+    rng: np.random.Generator,  # draws everything
+) -> _Glioma:  # in one hemisphere
+    "A glioma with its centre deep in one hemisphere, mostly in white matter."
+    side = rng.choice([-1, 1])
+    centre = np.array([side * rng.uniform(26, 38), rng.uniform(-45, 40), rng.uniform(5, 34)])
+    radius, rim, halo = rng.uniform(17, 25), rng.uniform(0.25, 0.4), rng.uniform(0.55, 1.0)
+    return _Glioma(centre, radius, rim, halo, stretch=np.exp(rng.normal(0, 0.12, 3)))
 
 # %% ../nbs/02_phantom.ipynb #2f4273aa
-def tumour(healthy: Anatomy,  # where it grows
-           rng: np.random.Generator,  # draws place, size and shape
-          ) -> np.ndarray:  # 3HWD float32: the fractions of NCR, ED and ET
+def tumour(
+    healthy: Anatomy,  # where it grows
+    rng: np.random.Generator,  # draws place, size and shape
+) -> np.ndarray:  # 3HWD float32: the fractions of NCR, ED and ET
     "A glioma in one hemisphere; the three fractions sum to at most the part of the voxel that is brain."
-    grid = healthy.grid
-    centre = np.array([rng.choice([-1, 1]) * rng.uniform(26, 38), rng.uniform(-45, 40), rng.uniform(5, 34)])
-    radius, rim, halo = rng.uniform(17, 25), rng.uniform(0.25, 0.4), rng.uniform(0.55, 1.0)  # core in mm, the others relative to it
-    axes = np.exp(rng.normal(0, 0.12, 3))
-    r = np.sqrt(sum(x**2 for x in np.ix_(*[(x - c) / a for x, c, a in zip(grid.axes, centre, axes)])))
-    r = r + 0.12 * radius * smooth_noise(rng, grid, 14.0)  # the noise bends all three surfaces alike
+    grid, glioma = healthy.grid, _drawn_glioma(rng)
+    r = _distance_from(glioma.centre, grid, glioma.stretch)
+    r = r + 0.12 * glioma.radius * smooth_noise(rng, grid, 14.0)  # the noise bends all three surfaces alike
     white = np.clip(healthy.to_fluid, 0, 12) / 12  # 0 in the cortex, 1 in deep white matter
-    wide = radius * (1 + halo * white * (1 + 0.35 * smooth_noise(rng, grid, 18.0)).clip(0.3))
-    inside = [fraction(limit - r, grid.voxel) for limit in ((1 - rim) * radius, radius, np.maximum(wide, radius))]
-    ncr, core, whole = (np.minimum.accumulate(inside[::-1])[::-1] * healthy.fractions[1:].sum(0)).astype(np.float32)
+    uneven = (1 + 0.35 * smooth_noise(rng, grid, 18.0)).clip(0.3)
+    oedema = glioma.radius * (1 + glioma.halo * white * uneven)
+    limits = ((1 - glioma.rim) * glioma.radius, glioma.radius, np.maximum(oedema, glioma.radius))
+    regions = [fraction(limit - r, grid.voxel) for limit in limits]
+    nested = np.minimum.accumulate(regions[::-1])[::-1]  # no region leaves the next larger one
+    ncr, core, whole = (nested * healthy.fractions[1:].sum(0)).astype(np.float32)
     return np.stack([ncr, whole - core, core - ncr])
 
 # %% ../nbs/02_phantom.ipynb #c49a1045
-def hyperintensities(healthy: Anatomy,  # where they lie
-                     rng: np.random.Generator,  # draws load and pattern
-                    ) -> np.ndarray:  # HWD float32: the fraction of WMH
-    "White-matter hyperintensities of 10 to 44 ml (log-normal, median 20 ml), around the ventricles and in deep white matter."
+def _best_voxels(
+    score: np.ndarray,  # HWD, higher is taken first
+    share: np.ndarray,  # HWD float32: how much of each voxel counts
+    voxel: float,  # voxel size, mm
+    volume: float,  # at which to stop, mm^3
+) -> np.ndarray:  # HWD float32: the share where a voxel is taken, else 0
+    "The voxels of the highest score until a volume is reached."
+    order = np.argsort(-score, axis=None, kind="stable")
+    taken = np.cumsum(share.ravel()[order].astype(np.float64)) * voxel**3 <= volume
+    chosen = np.zeros(share.size, np.float32)
+    chosen[order[taken]] = 1
+    return chosen.reshape(share.shape) * share
+
+# %% ../nbs/02_phantom.ipynb #74eede78
+def _wmh_score(
+    healthy: Anatomy,  # where they lie
+    rng: np.random.Generator,  # draws the pattern
+) -> np.ndarray:  # HWD, higher where a hyperintensity is more likely
+    "Caps and bands around the ventricles, spots in deep white matter, few at the temporal horns."
+    grid = healthy.grid
+    caps = 2.5 * np.exp(-healthy.to_ventricle.clip(0) / 7) + 0.5 * smooth_noise(rng, grid, 18.0)
+    spots = (1.2 * smooth_noise(rng, grid, 13.0) - 1.6).clip(0)
+    return caps + spots - 2 * (grid.axes[2] < -15)
+
+
+def hyperintensities(
+    healthy: Anatomy,  # where they lie
+    rng: np.random.Generator,  # draws load and pattern
+) -> np.ndarray:  # HWD float32: the fraction of WMH
+    """White-matter hyperintensities of 10 to 44 ml (log-normal, median 20 ml),
+    around the ventricles and in deep white matter."""
     grid = healthy.grid
     volume = 20_000 * np.exp(0.5 * rng.standard_normal()).clip(0.5, 2.2)  # mm^3
-    caps = 2.5 * np.exp(-healthy.to_ventricle.clip(0) / 7) + 0.5 * smooth_noise(rng, grid, 18.0)
-    score = caps + (1.2 * smooth_noise(rng, grid, 13.0) - 1.6).clip(0)
-    score = score - 2 * (grid.axes[2] < -15)  # the temporal horns have few
+    score = _wmh_score(healthy, rng)
     lateral = np.abs(grid.axes[0])[:, None, None] > 8  # neither the callosum nor the septum
     white = np.where((healthy.to_fluid > 7) & lateral, healthy.fractions[2], 0)
-    order = np.argsort(-score, axis=None, kind="stable")
-    taken = np.cumsum(white.ravel()[order].astype(np.float64)) * grid.voxel**3 <= volume
-    chosen = np.zeros(white.size, np.float32)
-    chosen[order[taken]] = 1
-    return chosen.reshape(white.shape) * white
+    return _best_voxels(score, white, grid.voxel, volume)
 
 # %% ../nbs/02_phantom.ipynb #dbc7281a
-def infarct(healthy: Anatomy,  # where it lies
-            rng: np.random.Generator,  # draws whether, where and how large
-           ) -> np.ndarray:  # HWD float32: the fraction of infarct, 0 everywhere in two patients of three
+def infarct(
+    healthy: Anatomy,  # where it lies
+    rng: np.random.Generator,  # draws whether, where and how large
+) -> np.ndarray:  # HWD float32: the fraction of infarct, 0 everywhere in two patients of three
     "A roundish lesion of 8 to 13 mm radius near the surface of one hemisphere, in one patient of three."
     there, side, radius = rng.uniform() < 1 / 3, rng.choice([-1, 1]), rng.uniform(8, 13)
     centre = np.array([side * rng.uniform(38, 50), rng.uniform(-50, 30), rng.uniform(8, 36)])
-    r = np.sqrt(sum(x**2 for x in np.ix_(*[x - c for x, c in zip(healthy.grid.axes, centre)]))) + 0.2 * radius * smooth_noise(rng, healthy.grid, 14.0)
+    rough = 0.2 * radius * smooth_noise(rng, healthy.grid, 14.0)
+    r = _distance_from(centre, healthy.grid) + rough
     return there * fraction(radius - r, healthy.grid.voxel) * healthy.fractions[1:].sum(0)
 
 # %% ../nbs/02_phantom.ipynb #4b885d9f
 TISSUES = ("CSF", "GM", "WM", "DG", "NCR", "ED", "ET", "WMH", "INF")
 
 
-def plant(healthy: Anatomy,  # the brain
-          lesions: dict,  # tissue name -> HWD fraction
-         ) -> np.ndarray:  # 9HWD float32 fractions in the order of `TISSUES`
+def plant(
+    healthy: Anatomy,  # the brain
+    lesions: dict[str, np.ndarray],  # tissue name -> HWD fraction
+) -> np.ndarray:  # 9HWD float32 fractions in the order of `TISSUES`
     "The brain with its lesions; the sum over tissues is unchanged."
     brain = healthy.fractions.sum(0)
-    taken = sum(lesions.values()) if lesions else np.zeros_like(brain)
-    rest = healthy.fractions * np.divide(brain - taken, brain, out=np.zeros_like(brain), where=brain > 0)
-    return np.concatenate([rest, np.stack([lesions.get(k, np.zeros_like(brain)) for k in TISSUES[4:]])])
+    none = np.zeros_like(brain)
+    taken = sum(lesions.values()) if lesions else none
+    left = np.divide(brain - taken, brain, out=np.zeros_like(brain), where=brain > 0)
+    planted = np.stack([lesions.get(tissue, none) for tissue in TISSUES[4:]])
+    return np.concatenate([healthy.fractions * left, planted])
 
-
-def coarser(x: np.ndarray,  # ...HWD
-            k: int,  # block length in voxels
-           ) -> np.ndarray:  # ...HWD, each axis shorter by the factor k
+# %% ../nbs/02_phantom.ipynb #668fb3a3
+def coarser(
+    x: np.ndarray,  # ...HWD
+    k: int,  # block length in voxels
+) -> np.ndarray:  # ...HWD, each axis shorter by the factor k
     "Means over blocks of k x k x k voxels."
     *lead, h, w, d = x.shape
-    return x.reshape(*lead, h // k, k, w // k, k, d // k, k).mean((-5, -3, -1))
+    blocks = x.reshape(*lead, h // k, k, w // k, k, d // k, k)
+    return blocks.mean((-5, -3, -1))
 
 # %% ../nbs/02_phantom.ipynb #f69bf430
 CONTRAST = {
-    "adult": {"T1": dict(CSF=0.18, GM=0.52, WM=0.78, DG=0.60, NCR=0.27, ED=0.54, ET=0.58, WMH=0.66, INF=0.40),
-              "T1ce": dict(CSF=0.17, GM=0.51, WM=0.74, DG=0.58, NCR=0.26, ED=0.50, ET=1.00, WMH=0.64, INF=0.40),
-              "T2": dict(CSF=1.00, GM=0.54, WM=0.38, DG=0.45, NCR=0.88, ED=0.76, ET=0.60, WMH=0.62, INF=0.80),
-              "FLAIR": dict(CSF=0.15, GM=0.56, WM=0.45, DG=0.52, NCR=0.30, ED=0.88, ET=0.68, WMH=0.92, INF=0.86)},
-    "infant": {"T1": dict(CSF=0.22, GM=0.55, WM=0.48, DG=0.58),
-               "T2": dict(CSF=1.00, GM=0.56, WM=0.63, DG=0.52)},
+    "adult": {
+        "T1": dict(CSF=0.18, GM=0.52, WM=0.78, DG=0.60, NCR=0.27, ED=0.54, ET=0.58, WMH=0.66, INF=0.40),
+        "T1ce": dict(CSF=0.17, GM=0.51, WM=0.74, DG=0.58, NCR=0.26, ED=0.50, ET=1.00, WMH=0.64, INF=0.40),
+        "T2": dict(CSF=1.00, GM=0.54, WM=0.38, DG=0.45, NCR=0.88, ED=0.76, ET=0.60, WMH=0.62, INF=0.80),
+        "FLAIR": dict(CSF=0.15, GM=0.56, WM=0.45, DG=0.52, NCR=0.30, ED=0.88, ET=0.68, WMH=0.92, INF=0.86),
+    },
+    "infant": {
+        "T1": dict(CSF=0.22, GM=0.55, WM=0.48, DG=0.58),
+        "T2": dict(CSF=1.00, GM=0.56, WM=0.63, DG=0.52),
+    },
 }
 
 # %% ../nbs/02_phantom.ipynb #ad07f1f3
 @dataclass(frozen=True)
 class Site:
     "How one institution's scanner renders a brain; the symbols are those of the signal model."
+
     name: str  # of the site, as in the names of its tasks
     gain: float  # g: raw intensity of a tissue of relative brightness 1
     gamma: float = 1.0  # contrast curve
     bias: float = 0.1  # beta: standard deviation of the log bias field
     noise: float = 0.02  # sigma: Rician noise, relative to the brightest tissue
     slices: float = 3.0  # full width at half maximum of the slice profile, mm
-    tissue: dict = field(default_factory=dict)  # c: factors on the brightness of single tissues
+    tissue: dict[str, float] = field(default_factory=dict)  # c: factors on the brightness of single tissues
 
 # %% ../nbs/02_phantom.ipynb #8d9d67b3
-def mixture(fractions: np.ndarray,  # 9HWD, order of `TISSUES`
-            table: dict,  # tissue -> relative brightness, one row of `CONTRAST`
-            site: Site,  # its tissue factors
-            rng: np.random.Generator,  # the patient's jitter
-           ) -> np.ndarray:  # HWD: noiseless relative brightness times the brain fraction
+def mixture(
+    fractions: np.ndarray,  # 9HWD, order of `TISSUES`
+    table: dict[str, float],  # tissue -> relative brightness, one row of `CONTRAST`
+    site: Site,  # its tissue factors
+    rng: np.random.Generator,  # the patient's jitter
+) -> np.ndarray:  # HWD: noiseless relative brightness times the brain fraction
     "The sum over tissues of the signal model, with a jitter of 3 % for each tissue of each patient."
     jitter = np.exp(0.03 * rng.standard_normal(len(TISSUES)))
-    level = np.array([table.get(k, 0) * site.tissue.get(k, 1) for k in TISSUES]) * jitter
+    level = np.array([table.get(tissue, 0) * site.tissue.get(tissue, 1) for tissue in TISSUES]) * jitter
     return np.einsum("khwd,k->hwd", fractions, level)
 
+# %% ../nbs/02_phantom.ipynb #4b489c74
+def _blurred_slices(
+    signal: np.ndarray,  # HWD, 0 outside the mask
+    mask: np.ndarray,  # HWD bool: the brain
+    sd: float,  # standard deviation of the slice profile, in voxels
+) -> np.ndarray:  # HWD
+    "The signal through a Gaussian slice profile, without darkening towards the mask's edge."
+    weight = ndimage.gaussian_filter1d(mask.astype(np.float32), sd, axis=2)
+    return ndimage.gaussian_filter1d(signal, sd, axis=2) / np.maximum(weight, 1e-6)
+
 # %% ../nbs/02_phantom.ipynb #bd9b563f
-def render(fractions: np.ndarray,  # 9HWD, order of `TISSUES`
-           table: dict,  # tissue -> relative brightness, one row of `CONTRAST`
-           site: Site,  # the scanner
-           rng: np.random.Generator,  # draws jitter, texture, bias and noise
-           grid: Grid,  # of the fractions
-          ) -> np.ndarray:  # HWD int16, raw intensity; 0 outside the brain, at least 1 inside
+def render(
+    fractions: np.ndarray,  # 9HWD, order of `TISSUES`
+    table: dict[str, float],  # tissue -> relative brightness, one row of `CONTRAST`
+    site: Site,  # the scanner
+    rng: np.random.Generator,  # draws jitter, texture, bias and noise
+    grid: VoxelGrid,  # of the fractions
+) -> np.ndarray:  # HWD int16, raw intensity; 0 outside the brain, at least 1 inside
     "The image of a brain at a site."
     brain = fractions.sum(0)
     mask = brain > 0.5
-    signal = np.divide(mixture(fractions, table, site, rng), brain, out=np.zeros_like(brain), where=brain > 0)
+    mixed = mixture(fractions, table, site, rng)
+    signal = np.divide(mixed, brain, out=np.zeros_like(brain), where=brain > 0)
     signal *= 1 + 0.02 * smooth_noise(rng, grid, 8.0)
     signal = mask * signal.clip(0) ** site.gamma
-    width = site.slices / 2.355 / grid.voxel  # standard deviation in voxels
-    weight = ndimage.gaussian_filter1d(mask.astype(np.float32), width, axis=2)
-    signal = ndimage.gaussian_filter1d(signal, width, axis=2) / np.maximum(weight, 1e-6)  # no darkening towards the mask's edge
+    signal = _blurred_slices(
+        signal, mask, site.slices / 2.355 / grid.voxel
+    )  # a Gaussian is 2.355 sd wide at half maximum
     signal *= np.exp(site.bias * smooth_noise(rng, grid, 80.0))
     noise = site.noise * rng.standard_normal((2, *signal.shape))
     gain = site.gain * np.exp(0.1 * rng.standard_normal())
@@ -343,66 +583,122 @@ def render(fractions: np.ndarray,  # 9HWD, order of `TISSUES`
     return np.where(mask, raw, 0).astype(np.int16)
 
 # %% ../nbs/02_phantom.ipynb #022e9a3b
+class Delineation(NamedTuple):
+    "What was outlined under one name."
+
+    value: int  # in the label map
+    tissues: tuple[str, ...]  # that it covers, of `TISSUES`
+
+
 @dataclass(frozen=True)
 class Cohort:
     "Who was imaged, where, how, and what was outlined."
+
     key: str  # its name in every seed, e.g. `fets-16`
     site: Site  # how its scanner renders a brain
-    modalities: tuple  # in the order of the channels
-    labels: dict  # name -> (value in the label map, tissues that it covers)
+    modalities: tuple[str, ...]  # in the order of the channels
+    labels: dict[str, Delineation]  # name of a label -> how it was outlined
     population: str = "adult"  # a key of `POPULATIONS`
-    real: int = 0  # labelled patients of the real data set that it stands for, 0 if it stands for none
+    real: int = 0  # labelled patients of the real data set that it imitates, 0 if it imitates none
 
 # %% ../nbs/02_phantom.ipynb #a9f01320
-GLIOMA, WMH = {"NCR": (1, ("NCR",)), "ED": (2, ("ED",)), "ET": (3, ("ET",))}, {"WMH": (1, ("WMH",))}
-INFANT = {"CSF": (1, ("CSF",)), "GM": (2, ("GM", "DG")), "WM": (3, ("WM",))}
+GLIOMA = {"NCR": Delineation(1, ("NCR",)), "ED": Delineation(2, ("ED",)), "ET": Delineation(3, ("ET",))}
+WMH = {"WMH": Delineation(1, ("WMH",))}
+INFANT = {"CSF": Delineation(1, ("CSF",)), "GM": Delineation(2, ("GM", "DG")), "WM": Delineation(3, ("WM",))}
+_DEMO_SITES = {  # name -> gain, gamma, bias, noise, slices, tissue factors
+    "TumourA": Site("TumourA", gain=400),
+    "TumourB": Site("TumourB", 2500, 1.3, 0.2, 0.05, 5.0, {"ED": 0.93, "NCR": 1.1, "GM": 0.95}),
+    "LesionA": Site("LesionA", gain=900),
+    "LesionB": Site("LesionB", 250, 0.85, 0.18, 0.04, 5.0, {"WMH": 0.96, "GM": 1.03, "CSF": 1.3}),
+    "LesionC": Site("LesionC", 1500, 1.08, 0.12, 0.03, 3.5, {"WMH": 0.97, "WM": 1.02}),
+    "Infant": Site("Infant", 700, 1.0, 0.12, 0.015, 2.0),
+}
 DEMO = (
-    Cohort("Dataset601_TumourA", Site("TumourA", gain=400), ("FLAIR", "T2"), GLIOMA),
-    Cohort("Dataset602_TumourB", Site("TumourB", 2500, 1.3, 0.2, 0.05, 5.0, {"ED": 0.93, "NCR": 1.1, "GM": 0.95}), ("FLAIR", "T2"), GLIOMA),
-    Cohort("Dataset603_LesionA", Site("LesionA", gain=900), ("T1", "FLAIR"), WMH, "elderly"),
-    Cohort("Dataset604_LesionB", Site("LesionB", 250, 0.85, 0.18, 0.04, 5.0, {"WMH": 0.96, "GM": 1.03, "CSF": 1.3}), ("T1", "FLAIR"), WMH, "elderly"),
-    Cohort("Dataset605_LesionC", Site("LesionC", 1500, 1.08, 0.12, 0.03, 3.5, {"WMH": 0.97, "WM": 1.02}), ("T1", "FLAIR"), WMH, "elderly"),
-    Cohort("Dataset606_Infant", Site("Infant", 700, 1.0, 0.12, 0.015, 2.0), ("T1", "T2"), INFANT, "infant"),
+    Cohort("Dataset601_TumourA", _DEMO_SITES["TumourA"], ("FLAIR", "T2"), GLIOMA),
+    Cohort("Dataset602_TumourB", _DEMO_SITES["TumourB"], ("FLAIR", "T2"), GLIOMA),
+    Cohort("Dataset603_LesionA", _DEMO_SITES["LesionA"], ("T1", "FLAIR"), WMH, "elderly"),
+    Cohort("Dataset604_LesionB", _DEMO_SITES["LesionB"], ("T1", "FLAIR"), WMH, "elderly"),
+    Cohort("Dataset605_LesionC", _DEMO_SITES["LesionC"], ("T1", "FLAIR"), WMH, "elderly"),
+    Cohort("Dataset606_Infant", _DEMO_SITES["Infant"], ("T1", "T2"), INFANT, "infant"),
 )
 
 # %% ../nbs/02_phantom.ipynb #ee411002
-FETS_LABELS = {"NCR": (1, ("NCR",)), "ED": (2, ("ED",)), "ET": (4, ("ET",))}
-_INSTITUTIONS = (
-    (511, Site("01", 400, 1.00, 0.10, 0.020, 3.0)), (47, Site("04", 1200, 1.15, 0.15, 0.035, 4.0, {"ED": 0.95})),
-    (34, Site("06", 250, 0.80, 0.12, 0.030, 3.0, {"GM": 1.03, "NCR": 1.1})), (35, Site("13", 2500, 1.30, 0.20, 0.050, 5.0, {"ED": 0.93, "NCR": 1.1, "GM": 0.95})),
-    (30, Site("16", 600, 1.05, 0.10, 0.025, 3.5, {"ED": 0.98})), (382, Site("18", 500, 1.00, 0.12, 0.020, 3.0, {"ET": 1.03})),
-    (33, Site("20", 2000, 0.90, 0.18, 0.040, 5.5, {"WM": 1.05})), (35, Site("21", 150, 1.25, 0.08, 0.030, 2.0, {"CSF": 0.9, "ED": 1.03})))
-FETS = tuple(Cohort(f"fets-{site.name}", site, ("FLAIR", "T1", "T1ce", "T2"), FETS_LABELS, "adult", real) for real, site in _INSTITUTIONS)
-WMH_LABELS = {"WMH": (1, ("WMH",)), "other pathology": (2, ("INF",))}
-WMH2017 = (
-    Cohort("wmh-Utrecht", Site("Utrecht", 900, 1.00, 0.12, 0.02, 3.0), ("FLAIR", "T1"), WMH_LABELS, "elderly", 20),
-    Cohort("wmh-Singapore", Site("Singapore", 250, 0.85, 0.18, 0.04, 5.0, {"WMH": 0.96, "GM": 1.03, "CSF": 1.3}), ("FLAIR", "T1"), WMH_LABELS, "elderly", 20),
-    Cohort("wmh-Amsterdam_GE3T", Site("Amsterdam/GE3T", 1500, 1.08, 0.12, 0.03, 3.5, {"WMH": 0.97, "WM": 1.02}), ("FLAIR", "T1"), WMH_LABELS, "elderly", 20))
-ISEG_LABELS = {"CSF": (10, ("CSF",)), "GM": (150, ("GM", "DG")), "WM": (250, ("WM",))}
-ISEG = (Cohort("iseg", Site("iSeg", 700, 1.0, 0.12, 0.015, 2.0), ("T1", "T2"), ISEG_LABELS, "infant", 10),)
+FETS_LABELS = {"NCR": Delineation(1, ("NCR",)), "ED": Delineation(2, ("ED",)), "ET": Delineation(4, ("ET",))}
+_INSTITUTIONS = (  # real patients; name, gain, gamma, bias, noise, slices, tissue factors
+    (511, Site("01", 400, 1.00, 0.10, 0.020, 3.0)),
+    (47, Site("04", 1200, 1.15, 0.15, 0.035, 4.0, {"ED": 0.95})),
+    (34, Site("06", 250, 0.80, 0.12, 0.030, 3.0, {"GM": 1.03, "NCR": 1.1})),
+    (35, Site("13", 2500, 1.30, 0.20, 0.050, 5.0, {"ED": 0.93, "NCR": 1.1, "GM": 0.95})),
+    (30, Site("16", 600, 1.05, 0.10, 0.025, 3.5, {"ED": 0.98})),
+    (382, Site("18", 500, 1.00, 0.12, 0.020, 3.0, {"ET": 1.03})),
+    (33, Site("20", 2000, 0.90, 0.18, 0.040, 5.5, {"WM": 1.05})),
+    (35, Site("21", 150, 1.25, 0.08, 0.030, 2.0, {"CSF": 0.9, "ED": 1.03})),
+)
+FETS = tuple(
+    Cohort(f"fets-{site.name}", site, ("FLAIR", "T1", "T1ce", "T2"), FETS_LABELS, "adult", real)
+    for real, site in _INSTITUTIONS
+)
+
+# %% ../nbs/02_phantom.ipynb #533cf344
+WMH_LABELS = {"WMH": Delineation(1, ("WMH",)), "other pathology": Delineation(2, ("INF",))}
+_WMH_SITES = (  # name, gain, gamma, bias, noise, slices, tissue factors
+    Site("Utrecht", 900, 1.00, 0.12, 0.02, 3.0),
+    Site("Singapore", 250, 0.85, 0.18, 0.04, 5.0, {"WMH": 0.96, "GM": 1.03, "CSF": 1.3}),
+    Site("Amsterdam/GE3T", 1500, 1.08, 0.12, 0.03, 3.5, {"WMH": 0.97, "WM": 1.02}),
+)
+WMH2017 = tuple(
+    Cohort(f"wmh-{site.name.replace('/', '_')}", site, ("FLAIR", "T1"), WMH_LABELS, "elderly", real=20)
+    for site in _WMH_SITES
+)
+ISEG_LABELS = {"CSF": Delineation(10, ("CSF",)), "GM": Delineation(150, ("GM", "DG")), "WM": Delineation(250, ("WM",))}
+_ISEG_SITE = Site("iSeg", 700, 1.0, 0.12, 0.015, 2.0)
+ISEG = (Cohort("iseg", _ISEG_SITE, ("T1", "T2"), ISEG_LABELS, "infant", real=10),)
 
 # %% ../nbs/02_phantom.ipynb #ce9737a2
-def label_map(fractions: np.ndarray,  # 9HWD, order of `TISSUES`
-              labels: dict,  # name -> (value, tissues that it covers)
-             ) -> np.ndarray:  # HWD uint8: 0 background, else the values of `labels`
+def _enclosed(
+    labels: np.ndarray,  # HWD
+    core: int,  # the value of the necrotic core
+    rim: int,  # the value of the enhancing rim
+) -> np.ndarray:  # HWD
+    "The label map in which core next to anything but core and rim has become rim."
+    inner = ndimage.binary_erosion(np.isin(labels, (core, rim)))
+    return np.where((labels == core) & ~inner, np.uint8(rim), labels)
+
+
+def label_map(
+    fractions: np.ndarray,  # 9HWD, order of `TISSUES`
+    labels: dict[str, Delineation],  # name of a label -> how it was outlined
+) -> np.ndarray:  # HWD uint8: 0 background, else the values of `labels`
     "The class that fills most of each voxel of the brain; NCR next to anything but NCR and ET becomes ET."
-    classes = [fractions[[TISSUES.index(t) for t in tissues]].sum(0) for _, tissues in labels.values()]
     brain = fractions.sum(0)
-    values = np.array([0] + [value for value, _ in labels.values()], np.uint8)
-    out = values[np.argmax(np.stack([brain - sum(classes), *classes]), axis=0) * (brain > 0.5)]
-    if {"NCR", "ET"} <= set(labels):
-        ncr, et = labels["NCR"][0], labels["ET"][0]
-        out[(out == ncr) & ~ndimage.binary_erosion(np.isin(out, (ncr, et)))] = et
-    return out
+    covered = [[TISSUES.index(tissue) for tissue in label.tissues] for label in labels.values()]
+    classes = [fractions[tissues].sum(0) for tissues in covered]
+    values = np.array([0, *(label.value for label in labels.values())], np.uint8)
+    fullest = np.argmax(np.stack([brain - sum(classes), *classes]), axis=0)
+    found = values[fullest * (brain > 0.5)]
+    if {"NCR", "ET"} <= labels.keys():
+        found = _enclosed(found, labels["NCR"].value, labels["ET"].value)
+    return found
+
+# %% ../nbs/02_phantom.ipynb #012400ca
+def _chance(
+    cohort: Cohort,  # the data set
+    index: int,  # the patient's number in it
+    seed: int,  # the zoo's seed
+    *what: str,  # the step
+) -> np.random.Generator:  # of this step alone
+    "The randomness of one step of one patient."
+    return np.random.default_rng(seed_for(seed, "phantom", cohort.key, index, *what))
 
 # %% ../nbs/02_phantom.ipynb #9abba5d7
 @dataclass(frozen=True)
 class Patient:
     "One patient of a cohort on a grid."
+
     cohort: Cohort  # the data set
     index: int  # the patient's number in it
     seed: int  # of the zoo
-    grid: Grid  # the voxels
+    grid: VoxelGrid  # the voxels
     fractions: np.ndarray  # 9HWD float32, order of `TISSUES`
 
     @cached_property
@@ -410,31 +706,49 @@ class Patient:
         "The label map."
         return label_map(self.fractions, self.cohort.labels)
 
-    def image(self, modality: str, corrected: bool = False) -> np.ndarray:  # HWD int16, raw intensity
+    def image(
+        self,
+        modality: str,  # one of the cohort's
+        corrected: bool = False,  # without the bias field
+    ) -> np.ndarray:  # HWD int16, raw intensity
         "The image of one modality; `corrected` leaves out the bias field and changes nothing else."
-        table = CONTRAST["infant" if self.cohort.population == "infant" else "adult"][modality]
+        age = "infant" if self.cohort.population == "infant" else "adult"
         site = replace(self.cohort.site, bias=0.0) if corrected else self.cohort.site
-        return render(self.fractions, table, site, _chance(self.cohort, self.index, self.seed, "image", modality), self.grid)
+        chance = _chance(self.cohort, self.index, self.seed, "image", modality)
+        return render(self.fractions, CONTRAST[age][modality], site, chance, self.grid)
+
+# %% ../nbs/02_phantom.ipynb #6f77c43d
+def _drawn_lesions(
+    cohort: Cohort,  # the data set
+    index: int,  # the patient's number in it
+    seed: int,  # the zoo's seed
+    healthy: Anatomy,  # the patient's brain
+) -> dict[str, np.ndarray]:  # tissue name -> HWD fraction
+    "The lesions of one patient; they do not overlap."
+    outlined = {tissue for label in cohort.labels.values() for tissue in label.tissues}
+    lesions = {}
+    if "NCR" in outlined:
+        regions = tumour(healthy, _chance(cohort, index, seed, "tumour"))
+        lesions |= dict(zip(("NCR", "ED", "ET"), regions))
+    if "INF" in outlined:
+        lesions["INF"] = infarct(healthy, _chance(cohort, index, seed, "infarct"))
+    if "WMH" in outlined:
+        free = healthy.fractions.sum(0) - lesions.get("INF", 0)
+        load = hyperintensities(healthy, _chance(cohort, index, seed, "wmh"))
+        lesions["WMH"] = np.minimum(load, free)
+    return lesions
 
 # %% ../nbs/02_phantom.ipynb #3e440b9d
-def _chance(cohort: Cohort, index: int, seed: int, *what) -> np.random.Generator:
-    return np.random.default_rng(seed_for(seed, "phantom", cohort.key, index, *what))
-
-
-def patient(cohort: Cohort,  # the data set
-            index: int,  # the patient's number in it
-            shape: int | Sequence[int] = 48,  # voxels along the axes, one number or three
-            seed: int = 0,  # the zoo's seed
-           ) -> Patient:  # with the tissue fractions drawn
-    "One patient of a data set; the same brain for any `shape`. Voxels of more than 3 mm are drawn as means over eight, so that small lesions have their partial volume."
-    population, tissues = POPULATIONS[cohort.population], {t for _, group in cohort.labels.values() for t in group}
+def patient(
+    cohort: Cohort,  # the data set
+    index: int,  # the patient's number in it
+    shape: int | Sequence[int] = 48,  # voxels along the axes, one number or three
+    seed: int = 0,  # the zoo's seed
+) -> Patient:  # with the tissue fractions drawn
+    "One patient of a data set; the same brain for any `shape`. Raises `InputError` for a shape that is too coarse."
+    population = POPULATIONS[cohort.population]
     grid = grid_of(shape, population.fov)
     k = 2 if grid.voxel > 3 else 1
     healthy = anatomy(_chance(cohort, index, seed, "anatomy"), grid.finer(k).shape, population)
-    lesions = {}
-    if "NCR" in tissues: lesions = dict(zip(("NCR", "ED", "ET"), tumour(healthy, _chance(cohort, index, seed, "tumour"))))
-    if "INF" in tissues: lesions["INF"] = infarct(healthy, _chance(cohort, index, seed, "infarct"))
-    if "WMH" in tissues:
-        free = healthy.fractions.sum(0) - lesions.get("INF", 0)
-        lesions["WMH"] = np.minimum(hyperintensities(healthy, _chance(cohort, index, seed, "wmh")), free)
+    lesions = _drawn_lesions(cohort, index, seed, healthy)
     return Patient(cohort, index, seed, grid, coarser(plant(healthy, lesions), k))

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'ARM_COLOURS', 'DASHES', 'STYLE', 'OUTLINES', 'styled', 'affinity_heatmap', 'clustered',
-           'source_graph', 'path_costs', 'learning_curves', 'dice_by_case', 'pairs', 'pairs_panel', 'path_means',
+           'draw_source_graph', 'path_costs', 'learning_curves', 'dice_by_case', 'pairs', 'pairs_panel', 'path_means',
            'dice_by_arm', 'cost_against_dice', 'overlay', 'overlay_panel']
 
 # %% ../nbs/50_plots.ipynb #a6859fa8
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -24,6 +25,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from .affinity import Affinity
+from .arms import ORACLE, TABLE
 from .core import InputError, nearest
 from .paths import TransferPath
 from .tasks import Volume
@@ -31,34 +33,42 @@ from .tasks import Volume
 # %% ../nbs/50_plots.ipynb #1b870f1d
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 MARKERS = "osD^vPX*"
-ARM_COLOURS = {"scratch": "#777777", "scratch-total": "#aaaaaa", "direct-choice": "#0072B2", "direct-first": "#56B4E9",
-               "direct-last": "#009E73", "sequential": "#D55E00", "direct-last-hop": "#CC79A7", "joint": "#E69F00", "averaged": "#000000", "direct-oracle": "#F0E442"}
-DASHES = {"direct-last-hop": "--", "joint": "--", "averaged": "--", "direct-oracle": "-."}
-STYLE = sns.axes_style("ticks") | {"figure.dpi": 80, "savefig.dpi": 300, "font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9,
-                                   "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
-                                   "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+ARM_COLOURS = {arm.name: arm.colour for arm in TABLE.values()} | {ORACLE: TABLE["direct-each"].colour}
+DASHES = {arm.name: arm.dash for arm in TABLE.values()} | {ORACLE: TABLE["direct-each"].dash}
 
-
-def _axes(ax, width, height):
-    "`ax`, or the axes of a new figure of this size in inches."
-    return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
-
-
-def _coloured(names, fixed=()):
+# %% ../nbs/50_plots.ipynb #ac09f7f8
+def _coloured(names, fixed=()) -> dict[str, str]:
     "A colour for each distinct name, the same for the same names; those in `fixed` keep theirs."
     fixed = dict(fixed)
-    free = iter([c for c in PALETTE if c not in fixed.values()] or PALETTE)
-    return {name: fixed.get(name) or next(free, PALETTE[-1]) for name in dict.fromkeys(names)}
+    left = [colour for colour in PALETTE if colour not in fixed.values()]
+    free = iter(left or PALETTE)
+    colours = {}
+    for name in dict.fromkeys(names):
+        colours[name] = fixed.get(name) or next(free, PALETTE[-1])
+    return colours
 
-
-def _beside(ax, handles, **kwargs):
-    "A legend to the right of the axes, where it hides nothing."
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **kwargs)
+# %% ../nbs/50_plots.ipynb #980447df
+STYLE = sns.axes_style("ticks") | {
+    "figure.dpi": 80,
+    "savefig.dpi": 300,
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+}
 
 # %% ../nbs/50_plots.ipynb #10375534
-def styled(draw: Callable,  # a function that draws
-          ) -> Callable:  # the same in the style of this package
+def styled(
+    draw: Callable,  # a function that draws
+) -> Callable:  # the same in the style of this package
     "`draw` in the style of this package; interactive mode stays as drawing left it."
+
     @wraps(draw)
     def inner(*args, **kwargs):
         with plt.rc_context(STYLE):
@@ -66,353 +76,596 @@ def styled(draw: Callable,  # a function that draws
             interactive = plt.isinteractive()
         matplotlib.interactive(interactive)
         return drawn
+
     return inner
 
-# %% ../nbs/50_plots.ipynb #6b395c8e
-@styled
-def affinity_heatmap(affinity: Affinity,  # distances between N tasks, from source (row) to target (column)
-                     order: Sequence[str] | None = None,  # names in the order wanted, all or some; the affinity's order if None
-                     ax: Axes | None = None,  # where to draw; a new figure if None
-                    ) -> Axes:  # rows "source A", columns "target B"
-    "The distance matrix in colours, dark for close; raises `InputError` for a name in `order` that the affinity does not hold."
+# %% ../nbs/50_plots.ipynb #61b03546
+def _axes(ax, width, height) -> Axes:
+    "`ax`, or the axes of a new figure of this size in inches."
+    if ax is not None:
+        return ax
+    _, new = plt.subplots(figsize=(width, height), layout="constrained")
+    return new
+
+
+def _beside(ax, handles, **kwargs):
+    "A legend to the right of the axes, where it hides nothing."
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **kwargs)
+
+# %% ../nbs/50_plots.ipynb #0682d8ef
+def _distance_table(affinity, order) -> pd.DataFrame:
+    "Distances from row to column, in the order wanted; raises `InputError` for a name that is not there."
     names = list(affinity.names if order is None else order)
     for name in names:
         if name not in affinity.names:
-            raise InputError(f"The affinity holds no task {name} to draw: try {', '.join(nearest(name, affinity.names)) or 'one of its names'}.")
-    table = pd.DataFrame(affinity.distance, affinity.names, affinity.names).loc[names, names]
-    side = 1.5 + 0.16 * len(names)
+            close = ", ".join(nearest(name, affinity.names))
+            raise InputError(f"The affinity holds no task {name} to draw: try {close or 'one of its names'}.")
+    table = pd.DataFrame(affinity.distance, affinity.names, affinity.names)
+    return table.loc[names, names]
+
+# %% ../nbs/50_plots.ipynb #6b395c8e
+@styled
+def affinity_heatmap(
+    affinity: Affinity,  # distances between N tasks, from source (row) to target (column)
+    order: Sequence[str] | None = None,  # names in the order wanted, all or some; the affinity's order if None
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # rows "source A", columns "target B"
+    """The distance matrix in colours, dark for close; raises `InputError` for a name in `order` that the affinity
+    does not hold."""
+    table = _distance_table(affinity, order)
+    n = len(table)
+    side = 1.5 + 0.16 * n
     ax = _axes(ax, side + 1.2, side)
-    sns.heatmap(table, mask=np.eye(len(names), dtype=bool), cmap="mako", square=True, linewidths=0.3, xticklabels=True, yticklabels=True,
-                cbar_kws=dict(label="affinity distance (lower is closer)", shrink=0.8), ax=ax)
+    bar = {"label": "affinity distance (lower is closer)", "shrink": 0.8}
+    ticks = {"xticklabels": True, "yticklabels": True}
+    diagonal = np.eye(n, dtype=bool)
+    sns.heatmap(table, mask=diagonal, cmap="mako", square=True, linewidths=0.3, cbar_kws=bar, ax=ax, **ticks)
     ax.set_facecolor("0.8")
     ax.set(xlabel="target B", ylabel="source A")
-    ax.tick_params(length=0, labelsize=min(8, 40 / len(names) + 5))
+    ax.tick_params(length=0, labelsize=min(8, 40 / n + 5))
     return ax
 
 # %% ../nbs/50_plots.ipynb #9cb8bf48
-def clustered(affinity: Affinity,  # distances between N tasks, at least two; the two directions are averaged
-             ) -> list:  # of the N names
-    "An order of the tasks in which near ones stand together, by average linkage; what is not finite counts as the greatest distance."
-    d = np.where(np.isfinite(affinity.distance), affinity.distance, np.nan)
-    d = np.nan_to_num((d + d.T) / 2, nan=np.nanmax(d, initial=1.0))
-    tree = hierarchy.linkage(squareform(d - np.diag(np.diag(d)), checks=False), "average", optimal_ordering=True)
+def clustered(
+    affinity: Affinity,  # distances between N tasks, at least two; the two directions are averaged
+) -> list[str]:  # of the N names
+    """An order of the tasks in which near ones are neighbours, by average linkage with the leaves ordered (Bar-Joseph
+    et al. 2001); what is not finite counts as the greatest distance."""
+    known = np.where(np.isfinite(affinity.distance), affinity.distance, np.nan)
+    both = (known + known.T) / 2
+    d = np.nan_to_num(both, nan=np.nanmax(both, initial=1.0))
+    pairs = squareform(d - np.diag(np.diag(d)), checks=False)
+    tree = hierarchy.linkage(pairs, "average", optimal_ordering=True)
     return [affinity.names[i] for i in hierarchy.leaves_list(tree)]
 
 # %% ../nbs/50_plots.ipynb #5b29f8a6
-def _places(graph):
-    "Positions of the nodes on paper, near to the shortest-path distances of the graph; parts that hang apart lie further off than any two that do not."
-    between = pd.DataFrame(dict(nx.all_pairs_dijkstra_path_length(graph, weight="d"))).reindex(index=list(graph), columns=list(graph))
+def _node_positions(graph) -> dict[str, np.ndarray]:
+    "Positions of the nodes on paper, near to the shortest-path distances of the graph (Kamada and Kawai 1989)."
+    names = list(graph)
+    lengths = dict(nx.all_pairs_dijkstra_path_length(graph, weight="d"))
+    between = pd.DataFrame(lengths).reindex(index=names, columns=names)
     far = between.max(axis=None) or 1.0
-    return nx.kamada_kawai_layout(graph, dist=between.fillna(1.5 * far).clip(lower=0.02 * far).to_dict())  # none on top of another
+    wanted = between.fillna(1.5 * far)  # parts that hang apart
+    wanted = wanted.clip(lower=0.02 * far)  # none on top of another
+    return nx.kamada_kawai_layout(graph, dist=wanted.to_dict())
 
-
-def _with_target(graph, path):
-    "A copy in which the target hangs on the sources of the path, a typical edge away; a graph of sources does not know its distances."
+# %% ../nbs/50_plots.ipynb #212aee07
+def _with_target(graph, path) -> nx.Graph:
+    "A copy in which the target hangs on the sources of the path, a typical edge away."
     graph = graph.copy()
-    if path.target not in graph:
-        typical = np.median([d for *_, d in graph.edges(data="d")] or [1.0])
-        graph.add_edges_from((s, path.target, {"d": typical}) for s in path.sources)
+    if path.target in graph:
+        return graph
+    lengths = [d for *_, d in graph.edges(data="d")]
+    typical = np.median(lengths or [1.0])
+    for source in path.sources:
+        graph.add_edge(source, path.target, d=typical)
     return graph
 
 # %% ../nbs/50_plots.ipynb #c248ffe8
 def _edges(ax, graph, place):
     "Draws the edges, the nearest darkest."
-    d = np.array([w for *_, w in graph.edges(data="d")])
-    far = (d - d.min(initial=0)) / max(np.ptp(d) if d.size else 0, 1e-12)
-    nx.draw_networkx_edges(graph, place, edge_color=[str(0.55 + 0.4 * min(x, 1)) for x in far], width=0.5, ax=ax)
+    d = np.array([length for *_, length in graph.edges(data="d")])
+    spread = max(np.ptp(d) if d.size else 0, 1e-12)
+    far = (d - d.min(initial=0)) / spread
+    greys = [str(0.55 + 0.4 * min(x, 1)) for x in far]
+    nx.draw_networkx_edges(graph, place, edge_color=greys, width=0.5, ax=ax)
 
+# %% ../nbs/50_plots.ipynb #0454347b
+def _nodes(ax, graph, place, colour, shape):
+    "Draws a marker for each source, with its site below it in graphs of at most 40 sources."
+    most = max(n for _, n in graph.nodes(data="cases"))
+    below = {"xytext": (0, -11), "textcoords": "offset points", "ha": "center", "color": "0.4", "fontsize": 6.5}
+    for name, about in graph.nodes(data=True):
+        look = {"c": colour[about["modality"]], "marker": shape[about["label"]]}
+        area = 20 + 80 * about["cases"] / most
+        ax.scatter(*place[name], s=area, edgecolors="white", lw=0.6, zorder=2, **look)
+        if len(graph) <= 40:
+            ax.annotate(about["site"] or about["dataset"], place[name], **below)
 
+# %% ../nbs/50_plots.ipynb #71a40421
 def _arrows(ax, place, path):
-    "Draws the target as a star, an arrow for each hop, and the number of each source in its place."
+    "Draws the target as a star and an arrow for each hop."
     stops = [*path.sources, path.target]
     ax.scatter(*place[path.target], s=220, c="black", marker="*", zorder=3)
-    for a, b in zip(stops, stops[1:]):
-        ax.annotate("", place[b], place[a], zorder=3,
-                    arrowprops=dict(arrowstyle="-|>", color="black", lw=1.5, shrinkA=8, shrinkB=8, connectionstyle="arc3,rad=0.15"))
+    arrow = {"arrowstyle": "-|>", "color": "black", "lw": 1.5, "shrinkA": 8, "shrinkB": 8}
+    arrow["connectionstyle"] = "arc3,rad=0.15"
+    for source, following in zip(stops, stops[1:]):
+        ax.annotate("", place[following], place[source], zorder=3, arrowprops=arrow)
+
+
+def _numbers_of_sources(ax, place, path):
+    "Writes beside each source of the path the place that it has in it."
+    disc = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "black", "lw": 0.8}
+    text = {"ha": "center", "va": "center", "fontsize": 8, "fontweight": "bold", "zorder": 4, "bbox": disc}
     for number, name in enumerate(path.sources, 1):
-        ax.annotate(str(number), place[name], (-9, 9), textcoords="offset points", ha="center", va="center", fontsize=8, fontweight="bold", zorder=4,
-                    bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec="black", lw=0.8))
+        ax.annotate(str(number), place[name], (-9, 9), textcoords="offset points", **text)
 
 # %% ../nbs/50_plots.ipynb #4ee40ebf
-def _graph_legend(colour, shape, path):
+def _dot(label, **style) -> Line2D:
+    "An entry of a legend: a marker without a line, or a heading where no marker is given."
+    return Line2D([], [], ls="", ms=8, label=label, **style)
+
+
+def _graph_legend(colour, shape, path) -> list[Line2D]:
     "One entry for each modality, label and stop of the path, in groups with a heading."
-    dot = lambda label, **style: Line2D([], [], ls="", ms=8, label=label, **style)
-    entries = [dot("modality"), *(dot(m, marker="o", mec="white", color=c) for m, c in colour.items()),
-               dot("label"), *(dot(x, marker=s, mec="white", color="0.4") for x, s in shape.items())]
+    modalities = [_dot(m, marker="o", mec="white", color=c) for m, c in colour.items()]
+    labels = [_dot(x, marker=s, mec="white", color="0.4") for x, s in shape.items()]
+    entries = [_dot("modality"), *modalities, _dot("label"), *labels]
     if path:
-        entries += [dot("path"), *(dot(s, marker=f"${n}$", color="black") for n, s in enumerate(path.sources, 1)),
-                    dot(path.target, marker="*", color="black")]
+        sources = [_dot(s, marker=f"${n}$", color="black") for n, s in enumerate(path.sources, 1)]
+        entries += [_dot("path"), *sources, _dot(path.target, marker="*", color="black")]
     return entries
 
 # %% ../nbs/50_plots.ipynb #78fd3414
 @styled
-def source_graph(graph: nx.Graph,  # as from `paths.source_graph`: nodes with modality, label, site and cases, edges with d
-                 path: TransferPath | None = None,  # TransferPath to draw over it
-                 ax: Axes | None = None,  # where to draw; a new figure if None
-                ) -> Axes:  # one marker per source, one arrow per hop
-    "The source graph, modality by colour, label by shape, cases by area; raises `InputError` when a source of `path` is not in it."
-    if path and (lost := set(path.sources) - set(graph)):
+def draw_source_graph(
+    graph: nx.Graph,  # as from `paths.source_graph`: nodes with modality, label, site and cases, edges with d
+    path: TransferPath | None = None,  # TransferPath to draw over it
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # one marker per source, one arrow per hop
+    """The source graph, modality by colour, label by shape, cases by area, near tasks near one another; raises
+    `InputError` when a source of `path` is not in it."""
+    lost = set(path.sources) - set(graph) if path else set()
+    if lost:
         raise InputError(f"The graph holds no source {min(lost)}: build it from the pool that the path was sought in.")
-    place = _places(_with_target(graph, path) if path else graph)
+    place = _node_positions(_with_target(graph, path) if path else graph)
     colour = _coloured(sorted({m for _, m in graph.nodes(data="modality")}))
-    shape = dict(zip(sorted({x for _, x in graph.nodes(data="label")}), MARKERS * len(graph)))
-    most, ax = max(n for _, n in graph.nodes(data="cases")), _axes(ax, 7.2, 4)
+    labels = sorted({label for _, label in graph.nodes(data="label")})
+    shape = dict(zip(labels, MARKERS * len(graph)))
+    ax = _axes(ax, 7.2, 4)
     _edges(ax, graph, place)
-    for name, x in graph.nodes(data=True):
-        ax.scatter(*place[name], s=20 + 80 * x["cases"] / most, c=colour[x["modality"]], marker=shape[x["label"]], edgecolors="white", lw=0.6, zorder=2)
-        if len(graph) <= 40:  # more would hide the nodes
-            ax.annotate(x["site"] or x["dataset"], place[name], (0, -11), textcoords="offset points", ha="center", color="0.4", fontsize=6.5)
-    if path: _arrows(ax, place, path)
+    _nodes(ax, graph, place, colour, shape)
+    if path:
+        _arrows(ax, place, path)
+        _numbers_of_sources(ax, place, path)
     _beside(ax, _graph_legend(colour, shape, path))
     ax.set_axis_off()
     return ax
 
 # %% ../nbs/50_plots.ipynb #863e7201
-def _bar_places(paths):
+def _bar_places(paths) -> np.ndarray:
     "Heights for one bar per path, from the top, with a gap wherever the number of sources changes."
     number = np.array([len(p.sources) for p in paths])
-    return np.arange(len(paths)) + 0.7 * np.cumsum(np.diff(number, prepend=number[:1]) != 0)
+    begins = np.diff(number, prepend=number[:1]) != 0
+    return np.arange(len(paths)) + 0.7 * np.cumsum(begins)
 
 
+def _term_costs(paths) -> pd.DataFrame:
+    "What each term adds to the cost of each path (rows); the whole cost where a path knows no terms."
+    return pd.DataFrame([dict(p.terms) or {"cost": p.cost} for p in paths]).fillna(0)
+
+# %% ../nbs/50_plots.ipynb #40f9a812
+def _stacked_bars(ax, y, rows):
+    "Draws a bar for each row of a table at the heights `y`, column after column."
+    left = np.zeros(len(rows))
+    for column, colour in _coloured(rows).items():
+        ax.barh(y, rows[column], left=left, height=0.7, color=colour, label=column)
+        left = left + rows[column].to_numpy()
+
+
+def _costs_at_ends(ax, y, paths):
+    "Writes at the end of each bar the cost of its path, and whether it is tied with another."
+    beside = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+    for path, at in zip(paths, y):
+        text = f"{path.cost:.3g}" + (" tied" if path.tied else "")
+        ax.annotate(text, (path.cost, at), (3, 0), **beside)
+
+# %% ../nbs/50_plots.ipynb #4280ca94
 @styled
-def path_costs(paths: Iterable[TransferPath],  # of TransferPath, the best first, as `paths.best_paths` returns them
-               ax: Axes | None = None,  # where to draw; a new figure if None
-              ) -> Axes:  # one stacked bar per path
-    "Each path's cost as a stacked bar, term by term; raises `InputError` without any path."
-    if not paths: raise InputError("There is no path to draw: ask `best_paths` for at least one.")
-    y, left = _bar_places(paths), np.zeros(len(paths))
+def path_costs(
+    paths: Iterable[TransferPath],  # of TransferPath, the best first, as `paths.best_paths` returns them
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # one stacked bar per path
+    "Each path's cost as a stacked bar, term by term, lower is closer; raises `InputError` without any path."
+    if not paths:
+        raise InputError("There is no path to draw: ask `best_paths` for at least one.")
+    y = _bar_places(paths)
+    rows = _term_costs(paths)
     ax = _axes(ax, 7, 0.7 + 0.3 * (y[-1] + 1))
-    rows = pd.DataFrame([dict(p.terms) or {"cost": p.cost} for p in paths]).fillna(0)
-    for term, colour in _coloured(rows).items():
-        ax.barh(y, rows[term], left=left, height=0.7, color=colour, label=term)
-        left = left + rows[term].to_numpy()
-    for p, at in zip(paths, y):
-        ax.annotate(f"{p.cost:.3g}" + (" tied" * p.tied), (p.cost, at), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    _stacked_bars(ax, y, rows)
+    _costs_at_ends(ax, y, paths)
     one = len({p.target for p in paths}) == 1
     ax.set_yticks(y, [" → ".join(p.sources if one else (*p.sources, p.target)) for p in paths])
-    ax.set(ylabel="sources, in order", xlabel=f"cost{f' of the path to {paths[0].target}' * one} (affinity distance)", ylim=(y[-1] + 0.6, -0.6))
+    to = f" of the path to {paths[0].target}" if one else ""
+    ax.set(xlabel=f"cost{to} (affinity distance, lower is closer)", ylabel="sources, in order")
+    ax.set_ylim(y[-1] + 0.6, -0.6)
     ax.margins(x=0.15)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=rows.shape[1], borderaxespad=0)
     return ax
 
 # %% ../nbs/50_plots.ipynb #a77e729a
-def _with_seed(table):
+class _Curve(NamedTuple):
+    "One arm's curve over the whole path."
+
+    steps: np.ndarray  # NaN between stages
+    losses: np.ndarray  # NaN between stages
+    hops: list[float]  # steps at which a stage ends and another follows
+
+
+def _broken(curve) -> _Curve:
+    "The curve of one arm with a gap between its stages; columns stage, step and loss."
+    stages = [stage for _, stage in curve.sort_values(["stage", "step"]).groupby("stage")]
+    gap = pd.DataFrame({"step": [np.nan], "loss": [np.nan]})
+    parts = []
+    for stage in stages:
+        parts += [stage[["step", "loss"]], gap]
+    whole = pd.concat(parts[:-1])
+    hops = [stage.step.max() for stage in stages[:-1]]
+    return _Curve(whole.step.to_numpy(float), whole.loss.to_numpy(float), hops)
+
+# %% ../nbs/50_plots.ipynb #c74505b6
+def _with_seed(table) -> pd.DataFrame:
     "The table with a column `seed`, 0 where nobody spoke of one."
     return table if "seed" in table else table.assign(seed=0)
 
 
-def _broken(curve):
-    "Steps and losses of one arm with a gap between stages, and the steps at which a stage ends and another follows."
-    stages = [g for _, g in curve.sort_values(["stage", "step"]).groupby("stage")]
-    gap = pd.DataFrame({"step": [np.nan], "loss": [np.nan]})
-    whole = pd.concat([x for g in stages for x in (g[["step", "loss"]], gap)][:-1])
-    return whole.step.to_numpy(float), whole.loss.to_numpy(float), [g.step.max() for g in stages[:-1]]
+def _over_seeds(curve) -> dict[str, _Curve]:
+    "`min`, `mean` and `max` over the seeds of one arm at every step."
+    wanted = ["min", "mean", "max"]
+    over = curve.groupby(["stage", "step"])["loss"].agg(wanted).reset_index()
+    return {of: _broken(over.rename(columns={of: "loss"})) for of in wanted}
+
+# %% ../nbs/50_plots.ipynb #2327968f
+def _arm_curve(ax, arm, over, colour, shade) -> Line2D:
+    "Draws the mean of one arm over its seeds, and a shade over their range if that is wanted; returns the line."
+    steps, mean, _ = over["mean"]
+    if shade:
+        ax.fill_between(steps, over["min"].losses, over["max"].losses, color=colour, alpha=0.2, lw=0, zorder=1)
+    width = 2 if arm == "sequential" else 1.3
+    (line,) = ax.plot(steps, mean, lw=width, ls=DASHES.get(arm, "-"), color=colour, label=arm, zorder=2)
+    return line
 
 # %% ../nbs/50_plots.ipynb #b519ddbd
 @styled
-def learning_curves(curves: pd.DataFrame,  # columns arm, stage, task, step (from the start of the path), loss; and seed, where there are several
-                    ax: Axes | None = None,  # where to draw; a new figure if None
-                   ) -> Axes:  # one line per arm, the mean over its seeds, broken at its hops, and a shade from the lowest to the highest of them
+def learning_curves(
+    curves: pd.DataFrame,  # columns arm, stage, task, step (from the start of the path), loss; seed where several
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # one line per arm, the mean over its seeds, broken at its hops, in a shade from the lowest to the highest
     "Training loss over the steps of the whole path, arm by arm, with the hops marked."
-    curves, ax, hops, drawn = _with_seed(curves), _axes(ax, 7, 2.8), set(), []
-    colour, several = _coloured(curves["arm"], ARM_COLOURS), curves["seed"].nunique() > 1
+    curves = _with_seed(curves)
+    several = curves["seed"].nunique() > 1
+    colour = _coloured(curves["arm"], ARM_COLOURS)
+    ax = _axes(ax, 7, 2.8)
+    drawn, hops = [], set()
     for arm, curve in curves.groupby("arm", sort=False):
-        style = dict(color=colour[arm], ls=DASHES.get(arm, "-"))
-        over = curve.groupby(["stage", "step"])["loss"].agg(["min", "mean", "max"]).reset_index()
-        (steps, low, ends), (_, mean, _), (_, high, _) = (_broken(over.rename(columns={k: "loss"})) for k in ("min", "mean", "max"))
-        if several: ax.fill_between(steps, low, high, color=colour[arm], alpha=0.2, lw=0, zorder=1)
-        drawn += ax.plot(steps, mean, lw=2 if arm == "sequential" else 1.3, label=arm, zorder=2, **style)
-        hops.update(ends)
-    for step in sorted(hops): ax.axvline(step, color="0.6", lw=0.8, ls=":", zorder=0)
+        over = _over_seeds(curve)
+        drawn.append(_arm_curve(ax, arm, over, colour[arm], several))
+        hops.update(over["mean"].hops)
+    for step in sorted(hops):
+        ax.axvline(step, color="0.6", lw=0.8, ls=":", zorder=0)
     ax.set(xlabel="optimiser step over the whole path", ylabel="training loss")
     _beside(ax, drawn, title="mean; shade: range of seeds" if several else None)
     return ax
 
+# %% ../nbs/50_plots.ipynb #79b99632
+class _Wide(NamedTuple):
+    "Test cases side by side."
+
+    dice: pd.DataFrame  # by seed and patient (rows) and arm (columns, in order of appearance)
+    seeds: list  # in their order
+
+
+def _paired(cases) -> _Wide:
+    "Dice of each test case under each arm."
+    wide = _with_seed(cases).pivot(index=["seed", "patient"], columns="arm", values="dice")
+    arms = list(dict.fromkeys(cases["arm"]))
+    return _Wide(wide[arms], list(wide.index.unique("seed")))
+
 # %% ../nbs/50_plots.ipynb #34411bca
 def _points(ax, wide, x, y, seeds, **style):
-    "Points at the columns `x` and `y` of a table indexed by seed and patient, a marker for each seed."
+    "Points at the column, or number, `x` and the column `y` of a table by seed and patient; a marker for each seed."
+    style = {"alpha": 0.7, "edgecolors": "none", "zorder": 2} | style
+    of_row = wide.index.get_level_values("seed")
     for seed, marker in zip(seeds, MARKERS * len(seeds)):
-        rows = wide[wide.index.get_level_values("seed") == seed]
-        ax.scatter(rows[x] if x in rows else np.full(len(rows), x), rows[y], marker=marker, alpha=0.7, edgecolors="none", zorder=2, **style)
+        rows = wide[of_row == seed]
+        across = rows[x] if x in rows else np.full(len(rows), x)
+        ax.scatter(across, rows[y], marker=marker, **style)
 
 
 def _seed_legend(ax, seeds):
-    if len(seeds) > 1: _beside(ax, [Line2D([], [], ls="", marker=m, color="0.4", label=f"seed {s}") for s, m in zip(seeds, MARKERS * len(seeds))])
+    "Says beside the axes which marker is which seed, where there are several."
+    if len(seeds) < 2:
+        return
+    markers = zip(seeds, MARKERS * len(seeds))
+    _beside(ax, [Line2D([], [], ls="", marker=m, color="0.4", label=f"seed {seed}") for seed, m in markers])
+
+# %% ../nbs/50_plots.ipynb #0d0f1ed0
+def _arm_axis(ax, arms):
+    "Writes the names of the arms along x, at 0, 1, 2 ..."
+    many = len(arms) > 4
+    ax.set_xticks(range(len(arms)), arms, rotation=20 if many else 0, ha="right" if many else "center")
+    ax.set(xlabel="arm", ylim=(-0.02, 1.02))
 
 
-def _paired(cases):
-    "Dice by seed and patient (rows) and arm (columns), and the seeds."
-    wide = _with_seed(cases).pivot(index=["seed", "patient"], columns="arm", values="dice")
-    return wide[list(dict.fromkeys(cases["arm"]))], list(wide.index.unique("seed"))
+def _number_beside(ax, x, value):
+    "Writes a Dice to the right of its mark."
+    ax.annotate(f"{value:.2f}", (x, value), (7, 0), textcoords="offset points", va="center", fontsize=8)
+
+# %% ../nbs/50_plots.ipynb #6aba137c
+def _arm_means(wide, summary) -> pd.DataFrame:
+    "Dice by arm, with `low` and `high` where the summary has them; the means of the cases without a summary."
+    if summary is None:
+        return wide.groupby("seed").mean().mean().to_frame("dice")
+    return summary.set_index("arm").reindex(list(wide))
+
+
+def _whiskers(mean) -> tuple[pd.Series, pd.Series] | None:
+    "How far the intervals reach below and above the means; None without intervals."
+    if not {"low", "high"} <= set(mean):
+        return None
+    return mean.dice - mean.low, mean.high - mean.dice
 
 # %% ../nbs/50_plots.ipynb #1449021d
 @styled
-def dice_by_case(cases: pd.DataFrame,  # columns arm, patient, dice, and seed where there are several; one row per arm, seed and test case
-                 summary: pd.DataFrame | None = None,  # columns arm, dice, and, for intervals, low and high
-                 ax: Axes | None = None,  # where to draw; a new figure if None
-                ) -> Axes:  # arms along x in order of appearance
-    "Dice of each test case under each arm, paired by seed and patient, and each arm's mean; the means of `cases` without a summary."
+def dice_by_case(
+    cases: pd.DataFrame,  # columns arm, patient, dice, seed where several; one row per arm, seed and test case
+    summary: pd.DataFrame | None = None,  # columns arm, dice, and, for intervals, low and high
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # arms along x in order of appearance
+    """Dice of each test case under each arm, paired by seed and patient, and each arm's mean; the means of `cases`
+    without a summary."""
     wide, seeds = _paired(cases)
-    arms, x = list(wide), np.arange(wide.shape[1])
-    ax, colour = _axes(ax, 1.6 + 1.1 * len(arms), 3), _coloured(arms, ARM_COLOURS)
+    arms = list(wide)
+    colour = _coloured(arms, ARM_COLOURS)
+    ax = _axes(ax, 1.6 + 1.1 * len(arms), 3)
+    x = np.arange(len(arms))
     ax.plot(x, wide.to_numpy().T, color="0.85", lw=0.8, zorder=1)
-    for at, arm in zip(x, arms): _points(ax, wide, at, arm, seeds, s=16, color=colour[arm])
-    mean = wide.groupby("seed").mean().mean().to_frame("dice") if summary is None else summary.set_index("arm").reindex(arms)
-    bars = (mean.dice - mean.low, mean.high - mean.dice) if {"low", "high"} <= set(mean) else None
-    ax.errorbar(x + 0.16, mean.dice, yerr=bars, fmt="D", color="black", ms=4.5, lw=1.4, zorder=3)
-    for at, value in zip(x, mean.dice):
-        ax.annotate(f"{value:.2f}", (at + 0.16, value), (7, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_xticks(x, arms, rotation=20 * (len(arms) > 4), ha="right" if len(arms) > 4 else "center")
-    ax.set(xlabel="arm", ylabel="Dice of a test case", xlim=(-0.4, len(arms) - 0.4), ylim=(-0.02, 1.02))
+    for at, arm in enumerate(arms):
+        _points(ax, wide, at, arm, seeds, s=16, color=colour[arm])
+    mean = _arm_means(wide, summary)
+    ax.errorbar(x + 0.16, mean.dice, yerr=_whiskers(mean), fmt="D", color="black", ms=4.5, lw=1.4, zorder=3)
+    for at, value in zip(x + 0.16, mean.dice):
+        _number_beside(ax, at, value)
+    _arm_axis(ax, arms)
+    ax.set(ylabel="Dice of a test case", xlim=(-0.4, len(arms) - 0.4))
     _seed_legend(ax, seeds)
     return ax
 
+# %% ../nbs/50_plots.ipynb #f03eb997
+def _common(wide, a, b) -> pd.DataFrame:
+    "Dice under two arms of the cases that both have; raises `InputError` for a missing arm, or without such a case."
+    for arm in (a, b):
+        if arm not in wide:
+            raise InputError(f"There is no arm {arm} among these results: there are {', '.join(wide)}.")
+    both = wide[list(dict.fromkeys((a, b)))].dropna()
+    if both.empty:
+        raise InputError(f"The arms {a} and {b} have no test case in common: run both for the same seed.")
+    return both
+
 # %% ../nbs/50_plots.ipynb #d310d3f3
 @styled
-def pairs(cases: pd.DataFrame,  # columns arm, patient, dice, and seed where there are several
-          a: str,  # arm whose Dice goes upwards
-          b: str,  # arm whose Dice goes across
-          ax: Axes | None = None,  # where to draw; a new figure if None
-         ) -> Axes:  # one point per seed and test case; how many lie above the diagonal in the title
-    "The test cases of one arm against the same cases of another; raises `InputError` for an arm that is not there, or two without a common case."
+def pairs(
+    cases: pd.DataFrame,  # columns arm, patient, dice, and seed where there are several
+    a: str,  # arm whose Dice goes upwards
+    b: str,  # arm whose Dice goes across
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # one point per seed and test case; how many lie above the diagonal in the title
+    """The test cases of one arm against the same cases of another; raises `InputError` for an arm that is not there, or
+    two without a common case."""
     wide, seeds = _paired(cases)
-    for arm in (a, b):
-        if arm not in wide: raise InputError(f"There is no arm {arm} among these results: there are {', '.join(wide)}.")
-    both = wide[list(dict.fromkeys((a, b)))].dropna()
-    if both.empty: raise InputError(f"The arms {a} and {b} have no test case in common: run both for the same seed.")
-    ax, gain = _axes(ax, 3.1, 3.1), both[a] - both[b]
-    limits = np.floor(both.min(axis=None) * 10) / 10 - 0.02, np.ceil(both.max(axis=None) * 10) / 10 + 0.02
+    both = _common(wide, a, b)
+    gain = both[a] - both[b]
+    ax = _axes(ax, 3.1, 3.1)
     ax.axline((0, 0), slope=1, color="0.6", lw=0.8, ls=":", zorder=0)
     _points(ax, both, b, a, seeds, s=20, color=_coloured([a], ARM_COLOURS)[a])
-    ax.set(xlabel=f"Dice of a test case under {b}", ylabel=f"Dice under {a}", xlim=limits, ylim=limits, aspect="equal",
-           title=f"{(gain > 0).sum()} of {len(gain)} better, mean {gain.groupby('seed').mean().mean():+.3f}")
+    low = np.floor(both.min(axis=None) * 10) / 10 - 0.02
+    high = np.ceil(both.max(axis=None) * 10) / 10 + 0.02
+    ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    ax.set(xlabel=f"Dice of a test case under {b}", ylabel=f"Dice under {a}")
+    mean = gain.groupby("seed").mean().mean()
+    ax.set_title(f"{(gain > 0).sum()} of {len(gain)} better, mean {mean:+.3f}")
     _seed_legend(ax, seeds)
     return ax
 
 # %% ../nbs/50_plots.ipynb #c3a85056
 @styled
-def pairs_panel(cases: pd.DataFrame,  # columns arm, patient, dice, and seed where there are several
-                of: list,  # of (arm whose Dice goes upwards, arm whose Dice goes across)
-               ) -> np.ndarray:  # of Axes, one for each of `of`, on a new figure
-    "Several pictures as by `pairs`, at most four in a row; raises `InputError` as it does, and where there is nothing to draw."
-    if not of: raise InputError("There are no two arms to draw against each other: name at least one pair.")
+def pairs_panel(
+    cases: pd.DataFrame,  # columns arm, patient, dice, and seed where there are several
+    of: list[tuple[str, str]],  # of (arm whose Dice goes upwards, arm whose Dice goes across)
+) -> np.ndarray:  # of Axes, one for each of `of`, on a new figure
+    """Several pictures as by `pairs`, at most four in a row; raises `InputError` as it does, and where there is nothing
+    to draw."""
+    if not of:
+        raise InputError("There are no two arms to draw against each other: name at least one pair.")
     across = min(len(of), 4)
     down = -(-len(of) // across)
-    axes = plt.subplots(down, across, figsize=(3 * across + 0.8, 3.1 * down), layout="constrained", squeeze=False)[1].ravel()
-    for ax in axes[len(of):]: ax.remove()
+    size = (3 * across + 0.8, 3.1 * down)
+    _, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    axes = grid.ravel()
+    for ax in axes[len(of) :]:
+        ax.remove()
     for i, (ax, (a, b)) in enumerate(zip(axes, of)):
         pairs(cases, a, b, ax)
-        if ax.get_legend() and i != across - 1: ax.get_legend().remove()  # one says it for all
-    return axes[:len(of)]
+        if ax.get_legend() and i != across - 1:
+            ax.get_legend().remove()  # one says it for all
+    return axes[: len(of)]
 
 # %% ../nbs/50_plots.ipynb #6280290b
-def path_means(table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case, as `grid.results_table` returns it
-              ) -> pd.DataFrame:  # seed, arm, path, sources, cost, dice: a row per run
+def path_means(
+    table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and case (`grid.results_table`)
+) -> pd.DataFrame:  # seed, arm, path, sources, cost, dice: a row per run
     "The mean Dice of every run."
     keys = ["seed", "arm", "path", "sources", "cost"]
     return table.groupby(keys, sort=False, dropna=False, as_index=False)["dice"].mean()
 
+# %% ../nbs/50_plots.ipynb #528aab74
+def _arm_column(ax, x, of_arm, seeds, colour):
+    "Mean Dice of the paths of one arm about `x`, next to one another, a marker for each seed."
+    style = {"s": 18, "alpha": 0.7, "color": colour, "edgecolors": "none", "zorder": 2}
+    for seed, marker in zip(seeds, MARKERS * len(seeds)):
+        dice = of_arm[of_arm.seed == seed].dice.to_numpy()
+        across = (np.arange(len(dice)) + 0.5) / max(len(dice), 1)
+        ax.scatter(x - 0.12 + 0.24 * across, dice, marker=marker, **style)
 
+# %% ../nbs/50_plots.ipynb #d0061986
 @styled
-def dice_by_arm(table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case of one target
-                ax: Axes | None = None,  # where to draw; a new figure if None
-               ) -> Axes:  # arms along x in order of appearance
+def dice_by_arm(
+    table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case of one target
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # arms along x in order of appearance
     "Mean Dice of each path under each seed, and of each arm over them."
     means = path_means(table)
-    arms, seeds = list(dict.fromkeys(means.arm)), sorted(means.seed.unique())
-    ax, colour = _axes(ax, 1.6 + 1.1 * len(arms), 3), _coloured(arms, ARM_COLOURS)
+    arms = list(dict.fromkeys(means.arm))
+    seeds = sorted(means.seed.unique())
+    colour = _coloured(arms, ARM_COLOURS)
+    ax = _axes(ax, 1.6 + 1.1 * len(arms), 3)
     for x, arm in enumerate(arms):
-        for k, (seed, marker) in enumerate(zip(seeds, MARKERS * len(seeds))):
-            dice = means[(means.arm == arm) & (means.seed == seed)].dice.to_numpy()
-            ax.scatter(x - 0.12 + 0.24 * (np.arange(len(dice)) + 0.5) / max(len(dice), 1), dice, marker=marker, s=18, alpha=0.7, color=colour[arm], edgecolors="none", zorder=2)
-        mean = means[means.arm == arm].dice.mean()
-        ax.plot(x + 0.28, mean, "D", color="black", ms=4.5, zorder=3)
-        ax.annotate(f"{mean:.2f}", (x + 0.28, mean), (7, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_xticks(range(len(arms)), arms, rotation=20 * (len(arms) > 4), ha="right" if len(arms) > 4 else "center")
-    ax.set(xlabel="arm", ylabel="mean Dice of a path", xlim=(-0.4, len(arms) - 0.3), ylim=(-0.02, 1.02))
+        of_arm = means[means.arm == arm]
+        _arm_column(ax, x, of_arm, seeds, colour[arm])
+        ax.plot(x + 0.28, of_arm.dice.mean(), "D", color="black", ms=4.5, zorder=3)
+        _number_beside(ax, x + 0.28, of_arm.dice.mean())
+    _arm_axis(ax, arms)
+    ax.set(ylabel="mean Dice of a path", xlim=(-0.4, len(arms) - 0.3))
     _seed_legend(ax, seeds)
     return ax
 
 # %% ../nbs/50_plots.ipynb #da2a4799
+def _rank_correlation(means) -> str:
+    "Spearman's correlation of cost and Dice within a seed, averaged over seeds, in words."
+    rho = []
+    for _, of_seed in means.groupby("seed"):
+        if len(of_seed) > 2:
+            rho.append(of_seed.cost.corr(of_seed.dice, method="spearman"))
+    if not np.isfinite(rho).any():
+        return "too few paths for a rank correlation"
+    return f"Spearman {np.nanmean(rho):+.2f} within a seed"
+
+# %% ../nbs/50_plots.ipynb #d4bf8dc2
 @styled
-def cost_against_dice(table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case of one target
-                      sources: int,  # number along the paths that are drawn
-                      ax: Axes | None = None,  # where to draw; a new figure if None
-                     ) -> Axes:  # one point per path and seed; the rank correlation in the title
-    "What the affinity said of the paths before against the mean Dice they gave."
-    means = path_means(table[(table.sources == sources) & table.cost.notna()]).drop_duplicates(["seed", "path"])
-    ax, seeds = _axes(ax, 4.2, 3), sorted(means.seed.unique())
+def cost_against_dice(
+    table: pd.DataFrame,  # columns seed, arm, path, sources, cost, dice: a row per run and test case of one target
+    sources: int,  # number along the paths that are drawn
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # one point per path and seed; the rank correlation in the title
+    "What the affinity said of the paths before, lower is closer, against the mean Dice they gave."
+    known = table[(table.sources == sources) & table.cost.notna()]
+    means = path_means(known).drop_duplicates(["seed", "path"])
+    seeds = sorted(means.seed.unique())
+    ax = _axes(ax, 4.2, 3)
     for seed, marker in zip(seeds, MARKERS * len(seeds)):
         one = means[means.seed == seed]
         ax.scatter(one.cost, one.dice, marker=marker, s=18, alpha=0.7, color=PALETTE[0], edgecolors="none")
-    rho = [one.cost.corr(one.dice, method="spearman") for _, one in means.groupby("seed") if len(one) > 2]
-    ax.set(xlabel=f"cost of the path by the affinity ({sources} source{'s' * (sources > 1)})", ylabel="mean Dice of the path")
-    ax.set_title(f"Spearman {np.nanmean(rho):+.2f} within a seed" if np.isfinite(rho).any() else "too few paths for a rank correlation", loc="left")
+    number = f"{sources} source{'s' if sources > 1 else ''}"
+    ax.set(xlabel=f"cost of the path by the affinity ({number}), lower is closer", ylabel="mean Dice of the path")
+    ax.set_title(_rank_correlation(means), loc="left")
     _seed_legend(ax, seeds)
     return ax
 
 # %% ../nbs/50_plots.ipynb #9d5bf5d0
-def _slice(volume, prediction):
-    "The axial slice with the largest reference; the largest prediction where the reference is empty; the middle where both are."
+def _slice_to_draw(volume, prediction) -> int:
+    "The axial slice with the largest reference; with the largest prediction where that is empty; else the middle."
     for mask in (volume.mask, prediction):
-        if mask is not None and mask.any(): return int(mask.sum((0, 1)).argmax())
+        if mask is not None and mask.any():
+            return int(mask.sum((0, 1)).argmax())
     return volume.image.shape[2] // 2
-
-
-def _contour(ax, mask, spacing, **style):
-    "Outlines a 2-D mask in mm, padded so that an object at the border is closed; nothing where it is empty."
-    x, y = ((np.arange(n + 2) - 0.5) * s for n, s in zip(mask.shape, spacing))
-    if mask.any(): ax.contour(x, y, np.pad(mask, 1).T.astype(float), [0.5], linewidths=1.6, **style)
 
 # %% ../nbs/50_plots.ipynb #066b61f4
 OUTLINES = {"reference": dict(colors="#E69F00"), "prediction": dict(colors="#56B4E9", linestyles="--")}
 
 
+def _contour(ax, mask, spacing, **style):
+    "Outlines a 2-D mask in mm, padded so that an object at the border is closed; nothing where it is empty."
+    if not mask.any():
+        return
+    x, y = ((np.arange(n + 2) - 0.5) * s for n, s in zip(mask.shape, spacing))
+    padded = np.pad(mask, 1).T.astype(float)
+    ax.contour(x, y, padded, [0.5], linewidths=1.6, **style)
+
+
 def _outlined(ax, image, masks, spacing, low, high):
     "Draws an HW slice in grey and the outlines of masks, in mm."
-    ax.imshow(image.T, cmap="gray", origin="lower", extent=(0, image.shape[0] * spacing[0], 0, image.shape[1] * spacing[1]), vmin=low, vmax=high, interpolation="nearest")
-    for name, mask in masks.items(): _contour(ax, mask, spacing, **OUTLINES[name])
+    extent = (0, image.shape[0] * spacing[0], 0, image.shape[1] * spacing[1])
+    ax.imshow(image.T, "gray", origin="lower", extent=extent, vmin=low, vmax=high, interpolation="nearest")
+    for name, mask in masks.items():
+        _contour(ax, mask, spacing, **OUTLINES[name])
     ax.set(xlabel="left to right (mm)", ylabel="back to front (mm)", aspect="equal")
 
 
 def _outline_legend(ax, names, title=None):
-    _beside(ax, [Line2D([], [], color=OUTLINES[n]["colors"], ls=OUTLINES[n].get("linestyles", "-"), label=n) for n in names], title=title)
+    "Says beside the axes which outline is which."
+    entries = []
+    for name in names:
+        style = OUTLINES[name]
+        entries.append(Line2D([], [], color=style["colors"], ls=style.get("linestyles", "-"), label=name))
+    _beside(ax, entries, title=title)
 
 # %% ../nbs/50_plots.ipynb #faaa722a
 @styled
-def overlay(volume: Volume,  # a case: image and reference mask, HWD
-            prediction: np.ndarray | None = None,  # HWD bool, a predicted mask on the same grid
-            ax: Axes | None = None,  # where to draw; a new figure if None
-           ) -> Axes:  # one axial slice in mm
-    "The slice with the largest reference area, reference and prediction outlined; raises `InputError` for a prediction on another grid."
-    if prediction is not None and prediction.shape != volume.image.shape:
-        raise InputError(f"The prediction has the shape {prediction.shape}, its case {volume.image.shape}: predict on the grid of the case.")
-    k = _slice(volume, prediction)
-    ax, image, masks = _axes(ax, 4.2, 3.4), volume.image[:, :, k], {"reference": volume.mask[:, :, k]}
-    if prediction is not None: masks["prediction"] = np.asarray(prediction, bool)[:, :, k]
-    _outlined(ax, image, masks, volume.spacing[:2], *np.percentile(image, [1, 99.5]))
+def overlay(
+    volume: Volume,  # a case: image and reference mask, HWD
+    prediction: np.ndarray | None = None,  # HWD bool, a predicted mask on the same grid
+    ax: Axes | None = None,  # where to draw; a new figure if None
+) -> Axes:  # one axial slice in mm
+    """The slice with the largest reference area, reference and prediction outlined; raises `InputError` for a
+    prediction on another grid."""
+    shape = volume.image.shape
+    if prediction is not None and prediction.shape != shape:
+        raise InputError(
+            f"The prediction has the shape {prediction.shape}, its case {shape}: predict on the grid of the case."
+        )
+    k = _slice_to_draw(volume, prediction)
+    image = volume.image[:, :, k]
+    masks = {"reference": volume.mask[:, :, k]}
+    if prediction is not None:
+        masks["prediction"] = np.asarray(prediction, bool)[:, :, k]
+    ax = _axes(ax, 4.2, 3.4)
+    low, high = np.percentile(image, [1, 99.5])
+    _outlined(ax, image, masks, volume.spacing[:2], low, high)
     _outline_legend(ax, masks, f"axial slice {k}")
     return ax
 
 # %% ../nbs/50_plots.ipynb #0ce42a96
-def _slices(shown) -> dict:
-    "The arrays of best, median and worst case, by their flat names."
-    if isinstance(shown, dict): return shown if "best_image" in shown else {f"{which}_{k}": v for which, one in shown.items() for k, v in one.items()}
+def _shown_arrays(shown) -> dict[str, np.ndarray]:
+    "The arrays of best, median and worst case by their flat names; raises `InputError` for a file that holds none."
+    if isinstance(shown, dict):
+        if "best_image" in shown:
+            return shown
+        return {f"{which}_{name}": value for which, case in shown.items() for name, value in case.items()}
     try:
-        with np.load(Path(shown), allow_pickle=False) as file: return dict(file)
-    except Exception as e: raise InputError(f"{shown} is missing or damaged, so that there are no slices to draw: delete what is left of it and run the arm again.") from e
+        with np.load(Path(shown), allow_pickle=False) as file:
+            return dict(file)
+    except Exception as e:
+        raise InputError(
+            f"{shown} is missing or damaged, so that there are no slices to draw: "
+            "delete what is left of it and run the arm again."
+        ) from e
 
-
+# %% ../nbs/50_plots.ipynb #1ec86583
 @styled
-def overlay_panel(shown: Path | str | dict,  # file `overlays/<arm>-seed<n>.npz` of a comparison, a dict of its arrays, or what `evaluation.overlays` returned
-                  axes: Sequence | None = None,  # three axes to draw on; a new figure if None
-                 ) -> np.ndarray:  # of three axes: best, median, worst case
-    "One axial slice each of the best, the median and the worst test case in mm, reference and prediction outlined; raises `InputError` for a file that holds none."
-    found = _slices(shown)
-    if axes is None: axes = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")[1]
+def overlay_panel(
+    shown: Path | str | dict,  # file `overlays/<arm>-seed<n>.npz`, a dict of its arrays, or of `evaluation.overlays`
+    axes: Sequence | None = None,  # three axes to draw on; a new figure if None
+) -> np.ndarray:  # of three axes: best, median, worst case
+    """One axial slice each of the best, the median and the worst test case in mm, reference and prediction outlined;
+    raises `InputError` for a file that holds none."""
+    found = _shown_arrays(shown)
+    if axes is None:
+        _, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
     for ax, which in zip(axes, ("best", "median", "worst")):
-        one = lambda k: found[f"{which}_{k}"]
-        _outlined(ax, one("image"), {name: one(name) for name in OUTLINES}, [float(s) for s in one("spacing")], 0, 255)
-        ax.set_title(f"{which}: Dice {float(one('dice')):.2f}\n{one('patient')}")
+        masks = {name: found[f"{which}_{name}"] for name in OUTLINES}
+        spacing = [float(mm) for mm in found[f"{which}_spacing"]]
+        _outlined(ax, found[f"{which}_image"], masks, spacing, 0, 255)
+        dice, patient = float(found[f"{which}_dice"]), found[f"{which}_patient"]
+        ax.set_title(f"{which}: Dice {dice:.2f}\n{patient}")
     _outline_legend(axes[-1], OUTLINES)
     return np.asarray(axes)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'AUGMENTATIONS', 'EVERY', 'Stage', 'data_digest', 'machine', 'check_machine', 'stage_name',
-           'patch_transform', 'prepare_task', 'positive_weight', 'IgnoringLoss', 'deep_loss', 'rate', 'optimiser_for',
-           'batches', 'ahead', 'step_function', 'ready', 'mean_dice', 'split_held_out', 'keep_state', 'steps_made',
-           'resume_state', 'train', 'Pretrained', 'begin', 'Trained', 'finished', 'about', 'only_one', 'run_stage',
-           'average']
+           'PreparedCase', 'prepare_task', 'patch_transform', 'positive_weight', 'IgnoringLoss', 'deep_loss', 'rate',
+           'optimiser_for', 'batches', 'ahead', 'ready', 'step_function', 'mean_dice', 'split_held_out', 'keep_state',
+           'steps_made', 'Resumed', 'resume_state', 'train', 'Pretrained', 'begin', 'Trained', 'finished', 'only_one',
+           'about', 'run_stage', 'average']
 
 # %% ../nbs/31_training.ipynb #d229fae5
 import contextlib
@@ -16,8 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import monai
 import numpy as np
@@ -25,147 +26,266 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
+from monai import transforms
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceLoss
 from monai.metrics import compute_dice
-from monai.transforms import (CenterSpatialCropd, Compose, FgBgToIndicesd, RandAdjustContrastd, RandAffined, RandCropByPosNegLabeld, RandFlipd, RandGaussianNoised,
-                              RandGaussianSmoothd, RandScaleIntensityd, RandScaleIntensityFixedMeand, RandShiftIntensityd, RandSimulateLowResolutiond, SpatialPadd)
 from monai.utils import convert_to_tensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .core import InputError, code_digest, digest, progress, read_json, replacing, seed_for, writable, write_json
-from .networks import Plan, build_network, device, load_network, parts, prepare, read_about, save_network, training_memory
-from .tasks import Task, content_digest, read_case
+# %% ../nbs/31_training.ipynb #dd3187d4
+from seqtransfer.core import (
+    InputError,
+    code_digest,
+    digest,
+    progress,
+    read_json,
+    replacing,
+    seed_for,
+    writable,
+    write_json,
+)
+from seqtransfer.networks import (
+    Plan,
+    build_network,
+    device,
+    load_network,
+    parts,
+    prepare,
+    read_about,
+    save_network,
+    training_memory,
+)
+from .tasks import Case, Task, content_digest, read_case
 from .weights import adapt, read_weights, what_was_loaded
 
+# %% ../nbs/31_training.ipynb #83432c87
+OPTIMISERS = ("adamw", "sgd")
+AUGMENTATIONS = ("light", "nnunet")
+_STAGE_CHOICES = {"optimiser": OPTIMISERS, "augmentation": AUGMENTATIONS, "head": ("keep", "reset")}
+
+
+def _check_choice(option: str, value: str) -> None:
+    "Raises `InputError` for a value that an option of a stage cannot have."
+    known = _STAGE_CHOICES[option]
+    if value not in known:
+        raise InputError(f"There is no {option} {value!r}: there are {' and '.join(known)}.")
+
 # %% ../nbs/31_training.ipynb #75c994cb
-OPTIMISERS, AUGMENTATIONS = ("adamw", "sgd"), ("light", "nnunet")
-
-
 @dataclass(frozen=True)
 class Stage:
-    "One training stage of a transfer path."
+    "One training stage of a transfer path; raises `InputError` for options that do not exist."
+
     task: Task  # what is trained on
     steps: int  # optimiser steps
     lr: float  # initial learning rate; it falls to 0 over the steps
     seed: int  # of the initial weights, the order of cases, the patches, the augmentation
-    optimiser: str = "adamw"  # adamw, the rate falling along a cosine; or sgd, nnU-Net's: Nesterov momentum 0.99, the rate falling as a power of 0.9
-    augmentation: str = "light"  # light, or nnunet
-    frozen: tuple = ()  # parts that are held still: encoder, decoder, head, or the beginning of a parameter's name
+    optimiser: str = "adamw"  # of `OPTIMISERS`
+    augmentation: str = "light"  # of `AUGMENTATIONS`
+    frozen: tuple[str, ...] = ()  # parts held still: encoder, decoder, head, or the beginning of a parameter's name
     head: str = "keep"  # keep the head of the initial weights, or reset it
-    validation: int = 0  # patients of the task held out of training; the weights that did best on them are left, and the stage ends when they stop getting better
+    validation: int = 0  # patients held out of training, whose Dice decides which weights are left and when to stop
 
     def __post_init__(self):
-        for option, known in (("optimiser", OPTIMISERS), ("augmentation", AUGMENTATIONS), ("head", ("keep", "reset"))):
-            if getattr(self, option) not in known: raise InputError(f"There is no {option} {getattr(self, option)!r}: there are {' and '.join(known)}.")
-        if not 0 < self.lr < np.inf: raise InputError(f"A learning rate must be above 0, not {self.lr}: take one such as 0.001.")
-        if self.steps < 1 or self.validation < 0: raise InputError(f"A stage on {self.task.name} cannot have {self.steps} steps and {self.validation} patients held out: ask for at least 1 and 0.")
+        for option in _STAGE_CHOICES:
+            _check_choice(option, getattr(self, option))
+        if not 0 < self.lr < np.inf:
+            raise InputError(f"A learning rate must be above 0, not {self.lr}: take one such as 0.001.")
+        if self.steps < 1 or self.validation < 0:
+            asked = f"{self.steps} steps and {self.validation} patients held out"
+            raise InputError(f"A stage on {self.task.name} cannot have {asked}: ask for at least 1 and 0.")
 
-
-def data_digest(task: Task,  # whose files to hash
-               ) -> str:  # 16 hexadecimal digits
-    "A name for the content of a task: its image and mask files, byte for byte, its channel and its label values; places do not matter."
-    return digest([[c.patient, [content_digest(f) for f in c.files], c.labels, c.ignore, c.channel] for c in task.cases])
+# %% ../nbs/31_training.ipynb #f3dff0af
+def data_digest(
+    task: Task,  # whose files to hash
+) -> str:  # 16 hexadecimal digits
+    """A name for the content of a task: its image and mask files, byte for byte, its channel and its label values.
+    Where the files lie does not matter."""
+    cases = []
+    for case in task.cases:
+        files = [content_digest(file) for file in case.files]
+        cases.append([case.patient, files, case.labels, case.ignore, case.channel])
+    return digest(cases)
 
 # %% ../nbs/31_training.ipynb #33050292
-def machine(threads: int | None = None,  # of torch on a CPU; those it has now when None
-           ) -> str:  # `cuda`, or `cpu` with its number of threads
-    "What of the machine decides the bits of a result; GPUs of different make count as one, since none of them promises bits."
-    if device().type == "cuda": return "cuda"
+def machine(
+    threads: int | None = None,  # of torch on a CPU; those it has now when None
+) -> str:  # `cuda`, or `cpu` with its number of threads
+    "What of the machine decides the bits of a result."
+    if device().type == "cuda":
+        return "cuda"
     threads = threads or torch.get_num_threads()
     return f"cpu, {threads} thread{'s' * (threads > 1)}"
 
 
-def check_machine(where: str,  # as `machine` says it; empty for any
-                 ) -> None:
+def check_machine(
+    where: str,  # as `machine` says it; empty for any
+) -> None:
     "Raises `InputError` when this is another kind of machine than was planned for."
-    if where not in ("", machine()): raise InputError(f"This kernel computes on {machine()}, and {where} was planned for: run it on such a machine, or plan anew in another folder.")
+    if where not in ("", machine()):
+        raise InputError(
+            f"This kernel computes on {machine()}, and {where} was planned for: "
+            "run it on such a machine, or plan anew in another folder."
+        )
+
+# %% ../nbs/31_training.ipynb #d877fed0
+def _stage_options(stage: Stage) -> dict[str, object]:
+    "All that a stage says besides its task."
+    return {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "task"}
 
 
-def stage_name(stage: Stage,  # what is to be trained
-               plan: Plan,  # of the target
-               init: str | None = None,  # name of the stage before, or the digest of a foreign checkpoint; None for fresh weights
-               where: str | None = None,  # the machine that will train it, as `machine` says it; this one when None
-              ) -> str:  # 16 hexadecimal digits
+def stage_name(
+    stage: Stage,  # what is to be trained
+    plan: Plan,  # of the target
+    init: str | None = None,  # name of the stage before, or digest of a foreign checkpoint; None for fresh weights
+    where: str | None = None,  # the machine that will train it, as `machine` says it; this one when None
+) -> str:  # 16 hexadecimal digits
     "The name of a stage: the digest of everything that decides its weights."
-    versions = [where or machine(), torch.__version__, monai.__version__, code_digest("core", "tasks", "networks", "weights", "training")]
-    options = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "task"}
-    return digest(init, data_digest(stage.task), [stage.task.name, stage.task.modality, stage.task.label], asdict(plan), options, versions)
+    code = code_digest("core", "tasks", "networks", "weights", "training")
+    versions = [where or machine(), torch.__version__, monai.__version__, code]
+    task = [stage.task.name, stage.task.modality, stage.task.label]
+    return digest(init, data_digest(stage.task), task, asdict(plan), _stage_options(stage), versions)
+
+# %% ../nbs/31_training.ipynb #d145dbd4
+_MOST_CENTRES = 100_000  # voxels of each class that a case keeps to centre patches on
+
+
+def _centres(mask: torch.Tensor) -> dict[str, torch.Tensor | np.ndarray]:
+    "The voxels that a patch may be centred on: `mask_fg` in the label, `mask_bg` in the background, none ignored."
+    counted = mask.flatten() >= 0
+    chance = np.random.default_rng(0)
+    list_voxels = transforms.FgBgToIndicesd("mask", fg_postfix="_fg", bg_postfix="_bg")
+    listed = list_voxels({"mask": mask > 0})
+    centres = {}
+    for name in ("mask_fg", "mask_bg"):
+        voxels = listed[name]
+        voxels = voxels[counted[voxels]]
+        if len(voxels) > _MOST_CENTRES:
+            voxels = chance.choice(voxels, _MOST_CENTRES, replace=False)
+        centres[name] = voxels
+    return centres
+
+# %% ../nbs/31_training.ipynb #d737763b
+def _room(plan: Plan) -> float:
+    "Bytes that volumes may take on a GPU besides the training itself; 0 without a GPU."
+    if device().type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info()[0] + unused
+    return min(free / 2, free - 1.1e9 * training_memory(plan))
+
+# %% ../nbs/31_training.ipynb #508c2066
+class PreparedCase(TypedDict):
+    "A case at the plan's spacing, ready for patches."
+
+    image: torch.Tensor  # 1HWD, normalised
+    mask: torch.Tensor  # 1HWD int8: 1, 0, or -1 where ignored
+    patient: str  # whose volume it is
+    mask_fg: torch.Tensor  # flat indices of the label's voxels, to centre patches on
+    mask_bg: torch.Tensor  # flat indices of the background's voxels
+
+
+def _prepared(case: Case, plan: Plan) -> PreparedCase:
+    "Reads one case and brings it to the plan."
+    image, mask = prepare(read_case(case), plan)
+    image, mask = image.as_tensor().contiguous(), mask.as_tensor().contiguous()
+    return {"image": image, "mask": mask.to(torch.int8), "patient": case.patient, **_centres(mask)}
+
+# %% ../nbs/31_training.ipynb #a327f2d1
+def prepare_task(
+    task: Task,  # to be trained on
+    plan: Plan,  # of the target
+) -> list[PreparedCase]:  # in the order of the cases
+    """Reads a task and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds
+    the label."""
+    jobs = (delayed(_prepared)(case, plan) for case in task.cases)
+    prepared = Parallel(-1, prefer="threads", return_as="generator")(jobs)
+    cases = list(progress(prepared, f"reading {task.name}", len(task)))
+    if not any((case["mask"] > 0).any() for case in cases):
+        raise InputError(
+            f"No mask of {task.name} holds its label at the target's spacing of {plan.spacing} mm: "
+            "leave the task out, or ask for more shots or another seed."
+        )
+    size = sum(case["image"].nbytes + case["mask"].nbytes for case in cases)
+    if size > _room(plan):
+        return cases
+    return [{**case, "image": case["image"].to(device()), "mask": case["mask"].to(device())} for case in cases]
 
 # %% ../nbs/31_training.ipynb #096466d3
-def _light() -> list:
-    return [RandFlipd(["image", "mask"], prob=0.5, spatial_axis=0), RandScaleIntensityd("image", factors=0.1, prob=0.5), RandShiftIntensityd("image", offsets=0.1, prob=0.5)]
+_BOTH = ("image", "mask")
 
 
-def _affine(where, **kwargs) -> RandAffined:
-    turned = RandAffined(["image", "mask"], prob=0.2, mode=("bilinear", "nearest"), padding_mode="border", device=where, **kwargs)
+def _light() -> list[transforms.Transform]:
+    "The augmentation of a small network."
+    return [
+        transforms.RandFlipd(_BOTH, prob=0.5, spatial_axis=0),
+        transforms.RandScaleIntensityd("image", factors=0.1, prob=0.5),
+        transforms.RandShiftIntensityd("image", offsets=0.1, prob=0.5),
+    ]
+
+# %% ../nbs/31_training.ipynb #943a740a
+def _affine(where: torch.device | None, **change) -> transforms.RandAffined:
+    "A random change of place of image and mask, one time in five, in 32-bit floats on the device of the volumes."
+    modes = ("bilinear", "nearest")
+    turned = transforms.RandAffined(_BOTH, prob=0.2, mode=modes, padding_mode="border", device=where, **change)
     turned.rand_affine.resampler.dtype = torch.float32  # MONAI would take twice as many bits
     return turned
 
 
-def _nnunet(patch, where) -> list:
-    both = ["image", "mask"]
+def _nnunet(patch: tuple[int, ...], where: torch.device | None) -> list[transforms.Transform]:
+    "nnU-Net's augmentation of patches of one size."
+    gamma = {"gamma": (0.7, 1.5), "retain_stats": True}
     return [
-        _affine(where, spatial_size=patch, rotate_range=(np.pi / 6,) * 3), _affine(where, spatial_size=patch, scale_range=((-0.3, 0.4),) * 3),
-        RandGaussianNoised("image", prob=0.1, std=0.1), RandGaussianSmoothd("image", (0.5, 1), (0.5, 1), (0.5, 1), prob=0.2),
-        RandScaleIntensityd("image", factors=0.25, prob=0.15), RandScaleIntensityFixedMeand("image", prob=0.15, factors=0.25, fixed_mean=True, preserve_range=True),
-        RandSimulateLowResolutiond("image", prob=0.25, zoom_range=(0.5, 1)),
-        RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5), retain_stats=True), RandAdjustContrastd("image", prob=0.1, gamma=(0.7, 1.5), retain_stats=True, invert_image=True),
-        *[RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in range(3)]]
+        _affine(where, spatial_size=patch, rotate_range=(np.pi / 6,) * 3),
+        _affine(where, spatial_size=patch, scale_range=((-0.3, 0.4),) * 3),
+        transforms.RandGaussianNoised("image", prob=0.1, std=0.1),
+        transforms.RandGaussianSmoothd("image", (0.5, 1), (0.5, 1), (0.5, 1), prob=0.2),
+        transforms.RandScaleIntensityd("image", factors=0.25, prob=0.15),
+        transforms.RandScaleIntensityFixedMeand(
+            "image", prob=0.15, factors=0.25, fixed_mean=True, preserve_range=True
+        ),
+        transforms.RandSimulateLowResolutiond("image", prob=0.25, zoom_range=(0.5, 1)),
+        transforms.RandAdjustContrastd("image", prob=0.3, **gamma),
+        transforms.RandAdjustContrastd("image", prob=0.1, **gamma, invert_image=True),
+        *[transforms.RandFlipd(_BOTH, prob=0.5, spatial_axis=axis) for axis in range(3)],
+    ]
 
 # %% ../nbs/31_training.ipynb #2abf01ea
-def patch_transform(plan: Plan,  # decides the patch
-                    seed: int = 0,  # of positions and augmentation
-                    augmentation: str = "light",  # of `AUGMENTATIONS`
-                    where: torch.device | None = None,  # where the volumes lie; on the CPU when None
-                   ) -> Compose:  # from a dict of 1HWD tensors to a list of one dict of patches of the plan's size
+def _cut_size(plan: Plan, augmentation: str) -> tuple[int, ...]:
+    "How large a patch is cut: a quarter larger than the plan's where it is turned afterwards."
+    if augmentation == "light":
+        return plan.patch
+    return tuple(side + side // 4 for side in plan.patch)
+
+
+def patch_transform(
+    plan: Plan,  # decides the patch
+    seed: int = 0,  # of positions and augmentation
+    augmentation: str = "light",  # of `AUGMENTATIONS`
+    where: torch.device | None = None,  # where the volumes lie; on the CPU when None
+) -> transforms.Compose:  # from a dict of 1HWD tensors to a list of one dict of patches of the plan's size
     "Label-centred random patches with augmentation; raises `InputError` for an unknown one."
-    if augmentation not in AUGMENTATIONS: raise InputError(f"There is no augmentation {augmentation!r}: there are {' and '.join(AUGMENTATIONS)}.")
-    keys, cut = ["image", "mask"], plan.patch if augmentation == "light" else tuple(p + p // 4 for p in plan.patch)
-    crop = RandCropByPosNegLabeld(keys, "mask", cut, pos=2, neg=1, fg_indices_key="mask_fg", bg_indices_key="mask_bg", allow_smaller=True)
-    altered = _light() if augmentation == "light" else [*_nnunet(cut, where), CenterSpatialCropd(keys, plan.patch)]
-    return Compose([crop, SpatialPadd(keys, cut), *altered]).set_random_state(seed)
+    _check_choice("augmentation", augmentation)
+    size = _cut_size(plan, augmentation)
+    listed = {"fg_indices_key": "mask_fg", "bg_indices_key": "mask_bg"}
+    cut = transforms.RandCropByPosNegLabeld(_BOTH, "mask", size, pos=2, neg=1, allow_smaller=True, **listed)
+    pad = transforms.SpatialPadd(_BOTH, size)
+    alter = _light()
+    if augmentation == "nnunet":
+        alter = [*_nnunet(size, where), transforms.CenterSpatialCropd(_BOTH, plan.patch)]
+    return transforms.Compose([cut, pad, *alter]).set_random_state(seed)
 
-# %% ../nbs/31_training.ipynb #d145dbd4
-def _centres(mask: torch.Tensor) -> dict:
-    "The voxels that a patch may be centred on: label and background, none that is ignored."
-    counted, chance = mask.flatten() >= 0, np.random.default_rng(0)
-    voxels = {k: v[counted[v]] for k, v in FgBgToIndicesd("mask", fg_postfix="_fg", bg_postfix="_bg")({"mask": mask > 0}).items() if k != "mask"}
-    return {k: v if len(v) <= 100_000 else chance.choice(v, 100_000, replace=False) for k, v in voxels.items()}
-
-
-def _room(plan) -> float:
-    "Bytes that volumes may take on a GPU beside the training itself; 0 without one."
-    if device().type != "cuda": return 0
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return min(free / 2, free - 1.1e9 * training_memory(plan))
-
-
-def _prepared(case, plan) -> dict:
-    image, mask = (x.as_tensor().contiguous() for x in prepare(read_case(case), plan))
-    return {"image": image, "mask": mask.to(torch.int8), "patient": case.patient, **_centres(mask)}
-
-
-def prepare_task(task: Task,  # to be trained on
-                 plan: Plan,  # of the target
-                ) -> list:  # of dicts: image, mask (1, 0, -1 where ignored) as 1HWD tensors, the patient, and the voxels to centre on
-    "Reads a task, its cases in threads, and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds the label."
-    cases = Parallel(-1, prefer="threads", return_as="generator")(delayed(_prepared)(c, plan) for c in task.cases)
-    out = list(progress(cases, f"reading {task.name}", len(task)))
-    if not any((d["mask"] > 0).any() for d in out):
-        raise InputError(f"No mask of {task.name} holds its label at the target's spacing of {plan.spacing} mm: leave the task out, or ask for more shots or another seed.")
-    if sum(d[k].nbytes for d in out for k in ("image", "mask")) > _room(plan): return out
-    return [{**d, "image": d["image"].to(device()), "mask": d["mask"].to(device())} for d in out]
+# %% ../nbs/31_training.ipynb #29f67897
+def positive_weight(
+    data: list[PreparedCase],  # what `prepare_task` returned
+) -> float:  # between 1 and 50
+    "How much more a voxel of the label counts in the cross-entropy: 0.05 over the label's share of the voxels."
+    label = sum(float((case["mask"] > 0).sum()) for case in data)
+    counted = sum(int((case["mask"] >= 0).sum()) for case in data)
+    return float(np.clip(0.05 / (label / counted), 1, 50))
 
 # %% ../nbs/31_training.ipynb #f24482bc
-def positive_weight(data: list,  # what `prepare_task` returned
-                   ) -> float:  # between 1 and 50
-    "How much more a voxel of the label counts in the cross-entropy: 0.05 over the label's share of the voxels that count."
-    share = sum(float((d["mask"] > 0).sum()) for d in data) / sum(int((d["mask"] >= 0).sum()) for d in data)
-    return float(np.clip(0.05 / share, 1, 50))
-
-
 class IgnoringLoss(torch.nn.Module):
     "Dice + cross-entropy of logits (B1HWD) against masks of 1 and 0 in which voxels of -1 count nowhere."
 
@@ -176,274 +296,487 @@ class IgnoringLoss(torch.nn.Module):
 
     def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # a scalar
         "The loss over the voxels that count."
-        x, y = logits.masked_fill(mask < 0, -30.0), mask.clamp(min=0)
+        x = logits.masked_fill(mask < 0, -30.0)
+        y = mask.clamp(min=0)
         counted = (mask >= 0).sum().clamp(min=1)  # the mean of the cross-entropy is over these alone
         return self.dice(x, y) + self.entropy(x, y) * (mask.numel() / counted)
 
 # %% ../nbs/31_training.ipynb #61a14668
-def deep_loss(criterion: torch.nn.Module,  # of logits and mask
-              logits: torch.Tensor,  # B1HWD, or B(heads)1HWD with the finest prediction first
-              mask: torch.Tensor,  # B1HWD
-             ) -> torch.Tensor:  # a scalar
+def deep_loss(
+    criterion: torch.nn.Module,  # of logits and mask
+    logits: torch.Tensor,  # B1HWD, or B(heads)1HWD with the finest prediction first
+    mask: torch.Tensor,  # B1HWD
+) -> torch.Tensor:  # a scalar
     "The loss, over several predictions their mean with weights 1, 1/2, 1/4, ..."
-    if logits.dim() == mask.dim(): return criterion(logits.float(), mask)
+    if logits.dim() == mask.dim():
+        return criterion(logits.float(), mask)
     weights = [0.5**i for i in range(logits.shape[1])]
-    return sum(w * criterion(logits[:, i].float(), mask) for i, w in enumerate(weights)) / sum(weights)
+    total = sum(weight * criterion(logits[:, i].float(), mask) for i, weight in enumerate(weights))
+    return total / sum(weights)
 
 # %% ../nbs/31_training.ipynb #7daa8898
-def rate(step: int,  # from 0
-         stage: Stage,  # its steps, initial rate and optimiser
-        ) -> float:  # learning rate of that step
+def rate(
+    step: int,  # from 0
+    stage: Stage,  # its steps, initial rate and optimiser
+) -> float:  # learning rate of that step
     "The learning rate: half a cosine for AdamW, (1 - step/steps)^0.9 for SGD."
     done = step / stage.steps
-    return stage.lr * ((1 + np.cos(np.pi * done)) / 2 if stage.optimiser == "adamw" else (1 - done)**0.9)
+    if stage.optimiser == "adamw":
+        share = (1 + np.cos(np.pi * done)) / 2
+    else:
+        share = (1 - done) ** 0.9
+    return stage.lr * share
 
+# %% ../nbs/31_training.ipynb #e74b2df8
+def _freeze(net: torch.nn.Module, frozen: tuple[str, ...]) -> None:
+    "Holds parts of a network still; raises `InputError` for a part that it does not have."
+    by_part = parts(net)
+    every = [name for name, _ in net.named_parameters()]
+    for part in frozen:
+        names = by_part.get(part) or [name for name in every if name.startswith(part)]
+        if not names:
+            raise InputError(
+                f"No weight of the network belongs to {part!r}, which was to be frozen: "
+                "name encoder, decoder, head or the beginning of a parameter's name."
+            )
+        for name in names:
+            net.get_parameter(name).requires_grad_(False)
 
-def optimiser_for(net: torch.nn.Module,  # to be trained
-                  stage: Stage,  # optimiser, frozen parts
-                 ) -> torch.optim.Optimizer:  # of the weights that are not frozen
-    "Freezes what the stage holds still and makes the optimiser of the rest; raises `InputError` for an unknown part, or if nothing is left to train."
-    held, named = parts(net), dict(net.named_parameters())
-    for part in stage.frozen:
-        names = held.get(part) or [n for n in named if n.startswith(part)]
-        if not names: raise InputError(f"No weight of the network belongs to {part!r}, which was to be frozen: name encoder, decoder, head or the beginning of a parameter's name.")
-        for n in names: named[n].requires_grad_(False)
-    moving = [p for p in named.values() if p.requires_grad]
-    if not moving: raise InputError(f"Nothing is left to train on {stage.task.name} when {', '.join(stage.frozen)} are frozen: freeze less.")
-    if stage.optimiser == "adamw": return torch.optim.AdamW(moving, lr=stage.lr)
+# %% ../nbs/31_training.ipynb #d66f0e91
+def optimiser_for(
+    net: torch.nn.Module,  # to be trained
+    stage: Stage,  # optimiser, frozen parts
+) -> torch.optim.Optimizer:  # of the weights that are not frozen
+    """Freezes what the stage holds still and makes the optimiser of the rest; raises `InputError` for an unknown part,
+    or if nothing is left to train."""
+    _freeze(net, stage.frozen)
+    moving = [weights for weights in net.parameters() if weights.requires_grad]
+    if not moving:
+        raise InputError(
+            f"Nothing is left to train on {stage.task.name} when {', '.join(stage.frozen)} are frozen: freeze less."
+        )
+    if stage.optimiser == "adamw":
+        return torch.optim.AdamW(moving, lr=stage.lr)
     return torch.optim.SGD(moving, lr=stage.lr, momentum=0.99, nesterov=True, weight_decay=3e-5)
 
 # %% ../nbs/31_training.ipynb #3af81970
-def batches(data: list,  # what `prepare_task` returned
-            stage: Stage,  # seed, steps, augmentation
-            plan: Plan,  # patch and batch
-            first: int = 0,  # step to begin with
-           ) -> Iterator:  # iterator over (image, mask), each B1HWD float32 on the device
+def _stacked(drawn: list, key: str, plan: Plan) -> torch.Tensor:
+    "Images or masks of drawn patches as B1HWD float32 on the device, in the plan's memory layout."
+    stacked = torch.stack([convert_to_tensor(patch[key]) for patch in drawn]).to(device(), torch.float32)
+    layout = torch.channels_last_3d if plan.channels_last else torch.contiguous_format
+    return stacked.contiguous(memory_format=layout)
+
+
+def batches(
+    data: list[PreparedCase],  # what `prepare_task` returned
+    stage: Stage,  # seed, steps, augmentation
+    plan: Plan,  # patch and batch
+    first: int = 0,  # step to begin with
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # iterator over (image, mask), each B1HWD float32 on the device
     "The batches of a stage from one step on."
     draw = patch_transform(plan, augmentation=stage.augmentation, where=data[0]["image"].device)
-    layout = {"memory_format": torch.channels_last_3d} if plan.channels_last else {}
     for step in range(first, stage.steps):
         draw.set_random_state(seed_for(stage.seed, "patches", step))
-        cases = np.random.default_rng(seed_for(stage.seed, "order", step)).integers(len(data), size=plan.batch)
-        drawn = [draw(data[i])[0] for i in cases]
-        yield tuple(torch.stack([convert_to_tensor(d[k]) for d in drawn]).to(device(), torch.float32).contiguous(**layout) for k in ("image", "mask"))
+        order = np.random.default_rng(seed_for(stage.seed, "order", step))
+        drawn = [draw(data[i])[0] for i in order.integers(len(data), size=plan.batch)]
+        yield _stacked(drawn, "image", plan), _stacked(drawn, "mask", plan)
 
-
-def ahead(items: Iterable,  # iterator that makes batches
-          n: int,  # how many to make before they are asked for; 0 for none
-         ) -> Iterator:  # iterator over the same
+# %% ../nbs/31_training.ipynb #661eee54
+def ahead(
+    items: Iterable,  # iterator that makes batches
+    n: int,  # how many to make before they are asked for; 0 for none
+) -> Iterator:  # iterator over the same
     "Makes items in a thread while others are used; what goes wrong there is raised here."
-    if not n: yield from items; return
+    if not n:
+        yield from items
+        return
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, items, None) for _ in range(n))
-        while (item := waiting.popleft().result()) is not None:
+        item = waiting.popleft().result()
+        while item is not None:
             waiting.append(thread.submit(next, items, None))
             yield item
+            item = waiting.popleft().result()
 
-# %% ../nbs/31_training.ipynb #e91a6e75
-def step_function(net: torch.nn.Module,  # on the device, in training
-                  optimiser: torch.optim.Optimizer,  # of its weights
-                  criterion: torch.nn.Module,  # of logits and mask
-                  plan: Plan,  # precision
-                 ) -> Callable:  # function of image and mask, B1HWD, to the loss before the step, a scalar on the device
-    "One optimiser step as a function of a batch."
-    reduced = plan.precision == "bfloat16"
-
-    def step(x, y):
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(device().type, torch.bfloat16) if reduced else contextlib.nullcontext(): logits = net(x)
-        loss = deep_loss(criterion, logits, y)
-        loss.backward()
-        if isinstance(optimiser, torch.optim.SGD): torch.nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], 12)
-        optimiser.step()
-        return loss.detach()
-    return step
+# %% ../nbs/31_training.ipynb #162c108e
+def _precision(plan: Plan) -> contextlib.AbstractContextManager:
+    "The context in which a network of this plan is computed."
+    if plan.precision == "bfloat16":
+        return torch.autocast(device().type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
-def ready(net: torch.nn.Module,  # fresh or loaded
-          plan: Plan,  # memory layout, compilation
-         ) -> torch.nn.Module:  # the same, in training on the device
-    "Brings a network to the device as its plan wants it; raises `InputError` for bfloat16 where torch computes it wrongly."
-    coarsest = min(np.array(plan.patch) // (np.prod(plan.strides, axis=0) if plan.strides else 2**(len(plan.channels) - 1)))
+def _coarsest(plan: Plan) -> int:
+    "Voxels along the shortest axis of the coarsest features."
+    coarser = 2 ** (len(plan.channels) - 1)
+    if plan.strides:
+        coarser = np.prod(plan.strides, axis=0)
+    return min(np.array(plan.patch) // coarser)
+
+# %% ../nbs/31_training.ipynb #a7f964f7
+def ready(
+    net: torch.nn.Module,  # fresh or loaded
+    plan: Plan,  # memory layout, compilation
+) -> torch.nn.Module:  # the same, in training on the device
+    """Brings a network to the device as its plan wants it; raises `InputError` for bfloat16 where torch computes it
+    wrongly."""
+    coarsest = _coarsest(plan)
     if device().type == "cpu" and plan.precision == "bfloat16" and coarsest < 3:
-        raise InputError(f"On a CPU, torch's bfloat16 convolution returns wrong gradients for features of {coarsest} voxels, fewer than its kernel has: take larger patches than {plan.patch}, or float32.")
-    net.to(device(), **({"memory_format": torch.channels_last_3d} if plan.channels_last else {})).train()
-    if plan.compiled: net.compile()
+        raise InputError(
+            f"On a CPU, torch's bfloat16 convolution returns wrong gradients for features of {coarsest} voxels, "
+            f"fewer than its kernel has: take larger patches than {plan.patch}, or float32."
+        )
+    if plan.channels_last:
+        net.to(device(), memory_format=torch.channels_last_3d)
+    else:
+        net.to(device())
+    net.train()
+    if plan.compiled:
+        net.compile()
     return net
 
+# %% ../nbs/31_training.ipynb #e91a6e75
+def step_function(
+    net: torch.nn.Module,  # on the device, in training
+    optimiser: torch.optim.Optimizer,  # of its weights
+    criterion: torch.nn.Module,  # of logits and mask
+    plan: Plan,  # precision
+) -> Callable:  # function of image and mask, B1HWD, to the loss before the step, a scalar on the device
+    "One optimiser step as a function of a batch."
+
+    def step(image, mask):
+        optimiser.zero_grad(set_to_none=True)
+        with _precision(plan):
+            logits = net(image)
+        loss = deep_loss(criterion, logits, mask)
+        loss.backward()
+        if isinstance(optimiser, torch.optim.SGD):
+            moving = [weights for group in optimiser.param_groups for weights in group["params"]]
+            torch.nn.utils.clip_grad_norm_(moving, 12)
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
 # %% ../nbs/31_training.ipynb #5a0d9b2d
+def _dice(net: torch.nn.Module, case: PreparedCase, plan: Plan) -> float:
+    "Dice of one prepared case over the voxels that count."
+    image, mask = case["image"][None].to(device()).float(), case["mask"][None].to(device()).float()
+    with _precision(plan):
+        logits = sliding_window_inference(image, plan.patch, 2, net, overlap=0.25, mode="gaussian").float()
+    found = (logits > 0) & (mask >= 0)
+    return float(compute_dice(found.float(), (mask > 0).float(), ignore_empty=False))
+
+
 @torch.inference_mode()
-def mean_dice(net: torch.nn.Module,  # to be judged
-              data: list,  # prepared cases
-              plan: Plan,  # patch
-             ) -> float:  # in [0, 1]
+def mean_dice(
+    net: torch.nn.Module,  # to be judged
+    data: list[PreparedCase],  # prepared cases
+    plan: Plan,  # patch
+) -> float:  # in [0, 1]
     "Mean Dice on prepared cases, on the plan's grid; the network is in training again afterwards."
-    def one(case):
-        x, y = (case[k][None].to(device()).float() for k in ("image", "mask"))
-        with torch.autocast(device().type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
-            logits = sliding_window_inference(x, plan.patch, 2, net, overlap=0.25, mode="gaussian").float()
-        return float(compute_dice(((logits > 0) & (y >= 0)).float(), (y > 0).float(), ignore_empty=False))
     net.eval()
-    found = float(np.mean([one(case) for case in data]))
+    mean = float(np.mean([_dice(net, case, plan) for case in data]))
     net.train()
-    return found
+    return mean
 
-
-def split_held_out(data: list,  # prepared cases
-                   stage: Stage,  # how many patients to hold out, seed
-                  ) -> tuple:  # (cases to train on, cases held out)
+# %% ../nbs/31_training.ipynb #70cd6e4e
+def split_held_out(
+    data: list[PreparedCase],  # prepared cases
+    stage: Stage,  # how many patients to hold out, seed
+) -> tuple[list[PreparedCase], list[PreparedCase]]:  # (cases to train on, cases held out)
     "Draws the patients that are held out; raises `InputError` if no case with the label would be left to train on."
-    if not stage.validation: return data, []
-    patients = list(dict.fromkeys(d["patient"] for d in data))  # one patient can have a case in each of several tasks that are mixed
+    if not stage.validation:
+        return data, []
+    patients = list(dict.fromkeys(case["patient"] for case in data))
     order = np.random.default_rng(seed_for(stage.seed, "held out")).permutation(len(patients))
-    out = {patients[i] for i in order[:stage.validation]}
-    kept, held = [d for d in data if d["patient"] not in out], [d for d in data if d["patient"] in out]
-    if not any((d["mask"] > 0).any() for d in kept):
-        raise InputError(f"{stage.task.name} has {len(patients)} patients to train on; with {stage.validation} held out none with the label is left: hold out fewer.")
+    out = {patients[i] for i in order[: stage.validation]}
+    kept = [case for case in data if case["patient"] not in out]
+    held = [case for case in data if case["patient"] in out]
+    if not any((case["mask"] > 0).any() for case in kept):
+        raise InputError(
+            f"{stage.task.name} has {len(patients)} patients to train on; with {stage.validation} held out none "
+            "with the label is left: hold out fewer."
+        )
     return kept, held
 
 # %% ../nbs/31_training.ipynb #bae6ebe0
-def _state(net, optimiser, losses, best) -> dict:
-    "All that decides the rest of a stage, as tensors by name."
-    moments = {f"optimiser {i} {k}": torch.as_tensor(v) for i, s in optimiser.state_dict()["state"].items() for k, v in s.items() if v is not None}
-    return {f"net {k}": v for k, v in net.named_parameters()} | moments | {"losses": losses} | {f"best {k}": v for k, v in best.items()}
+def _state(
+    net: torch.nn.Module, optimiser: torch.optim.Optimizer, losses: torch.Tensor, best: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    "All that decides the rest of a stage, as tensors by name: the kind first, then which of it."
+    found = {f"net {name}": weights for name, weights in net.named_parameters()}
+    for i, memory in optimiser.state_dict()["state"].items():
+        for name, value in memory.items():
+            if value is not None:
+                found[f"optimiser {i} {name}"] = torch.as_tensor(value)
+    found["losses"] = losses
+    found |= {f"best {name}": weights for name, weights in best.items()}
+    return found
 
 
-def keep_state(path: Path | str,  # `.safetensors` file
-               step: int,  # steps made
-               looks: list,  # Dice of the looks so far
-               *state,  # network, optimiser, losses, best weights
-              ) -> None:
+def _of_kind(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    "The tensors of one kind, by what comes after it in their names."
+    return {name.split(" ", 1)[1]: value for name, value in state.items() if name.startswith(f"{kind} ")}
+
+# %% ../nbs/31_training.ipynb #07822144
+def keep_state(
+    path: Path | str,  # `.safetensors` file
+    step: int,  # steps made
+    looks: list[float],  # Dice of the looks so far
+    net: torch.nn.Module,  # whose weights to keep
+    optimiser: torch.optim.Optimizer,  # whose memory to keep
+    losses: torch.Tensor,  # of the steps so far
+    best: dict[str, torch.Tensor],  # weights of the best look by name
+) -> None:
     "Writes the state of a stage, whole or not at all."
+    state = _state(net, optimiser, losses, best)
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    said = {"step": str(step), "looks": " ".join(map(repr, looks))}
     with replacing(path) as part:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in _state(*state).items()}, part, {"step": str(step), "looks": " ".join(map(repr, looks))})
+        save_file(copies, part, said)
 
 
-def steps_made(path: Path | str,  # file of `keep_state`, which need not exist
-              ) -> int:  # 0 where nothing can be taken up
+def steps_made(
+    path: Path | str,  # file of `keep_state`, which need not exist
+) -> int:  # 0 where nothing can be taken up
     "How far a stage had come."
     try:
-        with safe_open(path, "pt") as f: return int(f.metadata()["step"])
-    except Exception: return 0
+        with safe_open(path, "pt") as file:
+            return int(file.metadata()["step"])
+    except Exception:
+        return 0
 
-
-def resume_state(path: Path | str,  # file of `keep_state`
-                 net: torch.nn.Module,  # is given the weights
-                 optimiser: torch.optim.Optimizer,  # is given its memory
-                 losses: torch.Tensor,  # is given those so far
-                ) -> tuple:  # (steps made, looks, best weights)
-    "Takes a stage up where it was written down; a file that is damaged counts for nothing."
-    try:
-        with safe_open(path, "pt") as f: said, found = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-    except Exception: return 0, [], {}
-    part = lambda kind: {k.split(" ", 1)[1]: v for k, v in found.items() if k.startswith(kind)}
+# %% ../nbs/31_training.ipynb #7c3128b9
+def _copy_weights(net: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    "Copies weights into a network by name; those that are not named stay."
     with torch.no_grad():
-        for k, v in part("net ").items(): net.get_parameter(k).copy_(v)
-        losses.copy_(found["losses"])
-    moments, moving = {}, [p for g in optimiser.param_groups for p in g["params"]]
-    for k, v in part("optimiser ").items():
-        i, name = int(k.split()[0]), k.split()[1]
-        moments.setdefault(i, {})[name] = torch.empty_like(moving[i]).copy_(v) if v.shape == moving[i].shape else v  # in the layout of its weights
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-    return int(said["step"]), [float(x) for x in said["looks"].split()], {k: v.to(device()) for k, v in part("best ").items()}
+        for name, value in weights.items():
+            net.get_parameter(name).copy_(value)
+
+
+def _give_memory(optimiser: torch.optim.Optimizer, memory: dict[str, torch.Tensor]) -> None:
+    "Gives an optimiser the memory that was kept of it, by number of the weights and name."
+    moving = [weights for group in optimiser.param_groups for weights in group["params"]]
+    state = {}
+    for key, value in memory.items():
+        number, name = key.split()
+        i = int(number)
+        if value.shape == moving[i].shape:
+            value = torch.empty_like(moving[i]).copy_(value)  # in the layout of its weights
+        state.setdefault(i, {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+# %% ../nbs/31_training.ipynb #2674d4d2
+class Resumed(NamedTuple):
+    "Where a stage is taken up."
+
+    step: int  # steps made
+    looks: list[float]  # Dice of the looks so far
+    best: dict[str, torch.Tensor]  # weights of the best look by name
+
+
+def resume_state(
+    path: Path | str,  # file of `keep_state`
+    net: torch.nn.Module,  # is given the weights
+    optimiser: torch.optim.Optimizer,  # is given its memory
+    losses: torch.Tensor,  # is given those so far
+) -> Resumed:  # step 0 where nothing can be taken up
+    "Takes a stage up where it was written down; a file that is missing or damaged counts for nothing."
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata()
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception:
+        return Resumed(0, [], {})
+    _copy_weights(net, _of_kind(state, "net"))
+    losses.copy_(state["losses"])
+    _give_memory(optimiser, _of_kind(state, "optimiser"))
+    looks = [float(dice) for dice in said["looks"].split()]
+    best = {name: weights.to(device()) for name, weights in _of_kind(state, "best").items()}
+    return Resumed(int(said["step"]), looks, best)
 
 # %% ../nbs/31_training.ipynb #c30d76f3
-def _due(i, stage, times) -> bool:
-    "Whether step `i` ends one of so many equal parts of a stage."
-    return (i + 1) * times // stage.steps > i * times // stage.steps
+def _ends_part(i: int, stage: Stage, number: int) -> bool:
+    "Whether step `i`, counted from 0, ends one of so many equal parts of a stage."
+    return (i + 1) * number // stage.steps > i * number // stage.steps
 
 
-def _look(net, held, plan, looks, best) -> dict:
-    "Takes Dice on the held-out cases; returns the weights of the best look."
-    looks.append(mean_dice(net, held, plan))
-    return {k: v.detach().clone() for k, v in net.named_parameters()} if looks[-1] >= max(looks) else best
+def _past_its_best(looks: list[float]) -> bool:
+    "Whether three looks in a row were worse than the best; of equal ones the last counts as the best."
+    if not looks:
+        return False
+    since_best = int(np.argmax(looks[::-1]))
+    return since_best >= 3
+
+# %% ../nbs/31_training.ipynb #6174e1b8
+@dataclass
+class _Course:
+    "A stage while it is trained."
+
+    net: torch.nn.Module  # in training, on the device
+    optimiser: torch.optim.Optimizer  # of its weights
+    losses: torch.Tensor  # one for each step, nan where it is not made yet
+    made: int  # steps made
+    looks: list[float]  # Dice of held-out cases so far
+    best: dict[str, torch.Tensor]  # weights of the best look by name
+    written: float = field(default_factory=time.monotonic)  # when it was written down last, s
 
 
-def _check(i, stage, losses):
-    "Stops a stage whose weights are lost."
-    if not np.isfinite(value := float(losses[i])):
-        raise InputError(f"Training on {stage.task.name} went astray: the loss is {value} at step {i + 1} of {stage.steps}. Take a lower learning rate than {stage.lr} and run it again.")
+def _begun(net: torch.nn.Module, stage: Stage, plan: Plan, keep: Path | str | None) -> _Course:
+    "A stage at its beginning, or where it was written down."
+    net = ready(net, plan)
+    optimiser = optimiser_for(net, stage)
+    losses = torch.full((stage.steps,), torch.nan, device=device())
+    found = Resumed(0, [], {})
+    if keep:
+        found = resume_state(keep, net, optimiser, losses)
+    return _Course(net, optimiser, losses, found.step, found.looks, found.best)
+
+# %% ../nbs/31_training.ipynb #f2496c68
+def _judge(course: _Course, held: list[PreparedCase], plan: Plan) -> None:
+    "Takes Dice on the held-out cases, and keeps the weights when none were better so far."
+    dice = mean_dice(course.net, held, plan)
+    course.looks.append(dice)
+    if dice >= max(course.looks):
+        course.best = {name: weights.detach().clone() for name, weights in course.net.named_parameters()}
 
 
-def _tell(log, i, stage, losses, looks):
-    log("loss", float(losses[max(0, i - stage.steps // 100):i + 1].mean()), i + 1)
-    log("learning rate", rate(i, stage), i + 1)
-    if looks: log("Dice of held-out cases", looks[-1], i + 1)
+def _check_loss(course: _Course, stage: Stage) -> None:
+    "Raises `InputError` for a stage whose weights are lost."
+    loss = float(course.losses[course.made - 1])
+    if not np.isfinite(loss):
+        raise InputError(
+            f"Training on {stage.task.name} went astray: the loss is {loss} at step {course.made} of {stage.steps}. "
+            f"Take a lower learning rate than {stage.lr} and run it again."
+        )
+
+# %% ../nbs/31_training.ipynb #2612dc23
+def _tell(log: Callable, course: _Course, stage: Stage) -> None:
+    "Tells a log how a stage goes."
+    i = course.made - 1
+    latest = course.losses[max(0, i - stage.steps // 100) : course.made]
+    log("loss", float(latest.mean()), course.made)
+    log("learning rate", rate(i, stage), course.made)
+    if course.looks:
+        log("Dice of held-out cases", course.looks[-1], course.made)
 
 
-def _curve(losses, looks, stage) -> pd.DataFrame:
+def _observe(course: _Course, stage: Stage, plan: Plan, held: list[PreparedCase], log: Callable | None) -> None:
+    "What is done after a step where a part of the stage ends."
+    i = course.made - 1
+    if _ends_part(i, stage, 100):
+        _check_loss(course, stage)
+    if held and _ends_part(i, stage, 10):
+        _judge(course, held, plan)
+    if log and _ends_part(i, stage, 100):
+        _tell(log, course, stage)
+
+# %% ../nbs/31_training.ipynb #45105298
+def _learning_curve(course: _Course, stage: Stage) -> pd.DataFrame:
     "Losses, rates and looks over at most 20 parts of a stage, as far as it went."
-    every, steps = -(-stage.steps // 20), np.arange(stage.steps)
-    at = {int(s): d for s, d in zip([s for s in steps if _due(s, stage, 10)], looks)}
-    all_ = pd.DataFrame({"step": steps + 1, "loss": losses, "rate": [rate(s, stage) for s in steps], "held out": [at.get(s, np.nan) for s in steps]})
-    done = all_[np.isfinite(losses)]
-    return done.groupby((done.step - 1) // every).agg({"step": "max", "loss": "mean", "rate": "last", "held out": "last"}).reset_index(drop=True)
+    steps = np.arange(stage.steps)
+    looked = [step for step in steps if _ends_part(step, stage, 10)]
+    dice = dict(zip(looked, course.looks))
+    table = pd.DataFrame({"step": steps + 1, "loss": course.losses.cpu().numpy()})
+    table["rate"] = [rate(step, stage) for step in steps]
+    table["held out"] = [dice.get(step, np.nan) for step in steps]
+    made = table[np.isfinite(table.loss)]
+    length = -(-stage.steps // 20)  # rounded up
+    summary = {"step": "max", "loss": "mean", "rate": "last", "held out": "last"}
+    return made.groupby((made.step - 1) // length).agg(summary).reset_index(drop=True)
 
-# %% ../nbs/31_training.ipynb #7d83062d
+# %% ../nbs/31_training.ipynb #270d1998
 EVERY = float(os.environ.get("SEQTRANSFER_KEEP_EVERY", 60))  # seconds between two states of a stage on disk
 
 
-def train(net: torch.nn.Module,  # starts from the weights it has
-          data: list,  # what `prepare_task` returned
-          stage: Stage,  # steps, learning rate, seed, options
-          plan: Plan,  # patch, batch, precision
-          keep: Path | str | None = None,  # file in which the state is written down every minute, and from which it is taken up; None for none
-          log: Callable | None = None,  # function of (name, value, step) that is told loss, learning rate and Dice of the held-out cases
-         ) -> pd.DataFrame:  # columns step, loss, rate, held out (Dice): means over at most 20 equal parts of the stage
-    "Trains `net` in place; raises `InputError` for options that do not exist."
-    data, held = split_held_out(data, stage)
-    net = ready(net, plan)
-    optimiser, losses, looks, best, first = optimiser_for(net, stage), torch.full((stage.steps,), torch.nan, device=device()), [], {}, 0
-    if keep and Path(keep).exists(): first, looks, best = resume_state(keep, net, optimiser, losses)
-    step = step_function(net, optimiser, IgnoringLoss(positive_weight(data)), plan)
-    source, last = ahead(batches(data, stage, plan, first), 2 * (device().type == "cuda")), time.monotonic()
-    for i, (x, y) in zip(progress(range(first, stage.steps), f"training on {stage.task.name}"), source):
-        for group in optimiser.param_groups: group["lr"] = rate(i, stage)
-        losses[i] = step(x, y)
-        if _due(i, stage, 100): _check(i, stage, losses)
-        if held and _due(i, stage, 10): best = _look(net, held, plan, looks, best)
-        if log and _due(i, stage, 100): _tell(log, i, stage, losses, looks)
-        if looks and int(np.argmax(looks[::-1])) >= 3: break  # so many looks since the last of the best
-        if keep and time.monotonic() - last > EVERY: keep_state(keep, i + 1, looks, net, optimiser, losses, best); last = time.monotonic()
-    with torch.no_grad():
-        for k, v in best.items(): net.get_parameter(k).copy_(v)
-    return _curve(losses.cpu().numpy(), looks, stage)
+def _set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    "Sets the learning rate of all weights."
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+def _keep_when_due(course: _Course, path: Path | str | None) -> None:
+    "Writes a course down when there is a file for it and `EVERY` seconds have passed."
+    if path and time.monotonic() - course.written > EVERY:
+        keep_state(path, course.made, course.looks, course.net, course.optimiser, course.losses, course.best)
+        course.written = time.monotonic()
+
+# %% ../nbs/31_training.ipynb #7d83062d
+def train(
+    net: torch.nn.Module,  # starts from the weights it has
+    data: list[PreparedCase],  # what `prepare_task` returned
+    stage: Stage,  # steps, learning rate, seed, options
+    plan: Plan,  # patch, batch, precision
+    keep: Path | str | None = None,  # file in which the state is kept every minute and taken up from; None for none
+    log: Callable | None = None,  # is told (name, value, step) of loss, learning rate and Dice of held-out cases
+) -> pd.DataFrame:  # columns step, loss, rate, held out (Dice): means over at most 20 equal parts of the stage
+    "Trains `net` in place; raises `InputError` for options that do not exist, and for a loss that is no number."
+    cases, held = split_held_out(data, stage)
+    course = _begun(net, stage, plan, keep)
+    step = step_function(course.net, course.optimiser, IgnoringLoss(positive_weight(cases)), plan)
+    source = ahead(batches(cases, stage, plan, course.made), 2 if device().type == "cuda" else 0)
+    numbers = progress(range(course.made, stage.steps), f"training on {stage.task.name}")
+    for i, (image, mask) in zip(numbers, source):
+        _set_rate(course.optimiser, rate(i, stage))
+        course.losses[i] = step(image, mask)
+        course.made = i + 1
+        _observe(course, stage, plan, held, log)
+        if _past_its_best(course.looks):
+            break
+        _keep_when_due(course, keep)
+    _copy_weights(course.net, course.best)
+    return _learning_curve(course, stage)
 
 # %% ../nbs/31_training.ipynb #a6297262
 @dataclass(frozen=True)
 class Pretrained:
     "Weights from elsewhere to begin with."
+
     path: Path  # `.safetensors`, or a torch checkpoint that holds nothing but tensors
-    modalities: tuple = ()  # names of its input channels, in order; they are averaged when not given
+    modalities: tuple[str, ...] = ()  # names of its input channels, in order; they are averaged when not given
 
     @property
     def name(self) -> str:  # 16 hexadecimal digits
         "The name of the content."
         return digest("pretrained", content_digest(Path(self.path)), self.modalities)
 
+# %% ../nbs/31_training.ipynb #8d8c5486
+def _from_elsewhere(init: Pretrained, net: torch.nn.Module, modality: str) -> str:
+    "Gives a network the weights of a file; prints and returns what was loaded."
+    state, report = adapt(read_weights(init.path), net, init.modalities, (modality,))
+    net.load_state_dict(state, strict=False)
+    said = f"{Path(init.path).name}: {what_was_loaded(report)}"
+    print(said)
+    return said
 
-def begin(stage: Stage,  # its seed, task and head
-          plan: Plan,  # of the target
-          init: object = None,  # `Trained`, `Pretrained`, or None for fresh weights
-         ) -> tuple:  # (network on the CPU, what was loaded, in words)
+# %% ../nbs/31_training.ipynb #97995b34
+def begin(
+    stage: Stage,  # its seed, task and head
+    plan: Plan,  # of the target
+    init: object = None,  # `Trained`, `Pretrained`, or None for fresh weights
+) -> tuple[torch.nn.Module, str]:  # (network on the CPU, what was loaded, in words)
     "The network that a stage starts from; raises `InputError` for weights that cannot be used."
-    fresh = build_network(plan, seed_for(stage.seed, "network"))
-    if init is None: return fresh, "fresh weights"
+    seed = seed_for(stage.seed, "network")
+    fresh = build_network(plan, seed)
+    if init is None:
+        return fresh, "fresh weights"
     if isinstance(init, Pretrained):
-        net = build_network(plan, seed_for(stage.seed, "network"))
-        state, report = adapt(read_weights(init.path), net, init.modalities, (stage.task.modality,))
-        net.load_state_dict(state, strict=False)
-        said = f"{Path(init.path).name}: {what_was_loaded(report)}"
-        print(said)
-    else: net, said = load_network(init.model, plan), f"the weights of stage {init.name}"
-    with torch.no_grad():
-        for name in parts(net)["head"] if stage.head == "reset" else (): net.get_parameter(name).copy_(fresh.get_parameter(name))
-    return net, said + (", the head fresh" if stage.head == "reset" else "")
+        net = build_network(plan, seed)
+        said = _from_elsewhere(init, net, stage.task.modality)
+    else:
+        net = load_network(init.model, plan)
+        said = f"the weights of stage {init.name}"
+    if stage.head == "reset":
+        _copy_weights(net, {name: fresh.get_parameter(name) for name in parts(net)["head"]})
+        said += ", the head fresh"
+    return net, said
 
 # %% ../nbs/31_training.ipynb #f19cddbe
 @dataclass(frozen=True)
 class Trained:
     "What a stage left behind."
+
     name: str  # of the stage
     model: Path  # `.safetensors` checkpoint
     curve: pd.DataFrame  # columns step, loss, rate, held out
@@ -451,77 +784,122 @@ class Trained:
     executed: int  # optimiser steps taken now; 0 when the stage was found finished
 
 
-def finished(here: Path | str,  # folder of a stage
-            ) -> Trained | None:  # None where it is not finished
+def finished(
+    here: Path | str,  # folder of a stage
+) -> Trained | None:  # None where it is not finished
     "A stage that was trained before."
     here = Path(here)
-    if not (here / "stage.json").exists() or not (here / "model.safetensors").exists(): return None
-    kept = read_json(here / "stage.json")
-    return Trained(here.name, here / "model.safetensors", pd.DataFrame(kept["curve"]), kept["seconds_per_step"], 0)
-
-
-def about(task: Task,  # trained on
-         ) -> dict:  # of texts
-    "What a model says of where it comes from."
-    return {"task": task.name, "modality": task.modality, "label": task.label}
+    model, record = here / "model.safetensors", here / "stage.json"
+    if not record.exists() or not model.exists():
+        return None
+    said = read_json(record)
+    return Trained(here.name, model, pd.DataFrame(said["curve"]), said["seconds_per_step"], executed=0)
 
 # %% ../nbs/31_training.ipynb #c79db09b
 @contextlib.contextmanager
-def only_one(here: Path | str,  # folder of a stage
-            ) -> Iterator[None]:  # a context manager's
+def only_one(
+    here: Path | str,  # folder of a stage
+) -> Iterator[None]:  # a context manager's
     "Lets one process at a time into a stage; the others wait."
     lock = FileLock(writable(here) / "lock")
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process, which trains {Path(here).name}", flush=True)
         lock.acquire()
-    try: yield
-    finally: lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
+
+# %% ../nbs/31_training.ipynb #97fca441
+def about(
+    task: Task,  # trained on
+) -> dict[str, str]:  # texts by name
+    "What a model says of where it comes from."
+    return {"task": task.name, "modality": task.modality, "label": task.label}
 
 
-def run_stage(stage: Stage,  # what to train
-              plan: Plan,  # of the target
-              folder: Path | str,  # where stages are kept
-              init: Trained | Pretrained | None = None,  # the stage before, as `Trained`; `Pretrained`; None for fresh weights
-             ) -> Trained:  # the checkpoint and its curve
-    "Trains a stage, goes on with it, or finds it finished; raises `InputError` for data that cannot be read or a folder that cannot be written."
-    name = stage_name(stage, plan, init.name if init else None)
-    here = Path(folder) / name
-    if (kept := finished(here)): return kept
-    with only_one(here): return finished(here) or _train_stage(stage, plan, here, init)
+def _record(stage: Stage, plan: Plan, init: Trained | Pretrained | None, said: str) -> dict[str, object]:
+    "What `stage.json` says of a stage besides its curve."
+    start = {"init": init.name if init else None, "begins with": said}
+    where = {"plan": asdict(plan), "where": machine()}
+    return {"task": stage.task.name, **_stage_options(stage), **start, **where}
 
 
-def _train_stage(stage, plan, here, init) -> Trained:
-    "A stage from where it stands to its end."
+def _columns(curve: pd.DataFrame) -> dict[str, list[object]]:
+    "The columns of a curve as JSON can hold them: None for what is not a number."
+    return curve.astype(object).where(curve.notna(), None).to_dict("list")
+
+# %% ../nbs/31_training.ipynb #0486e987
+def _train_stage(stage: Stage, plan: Plan, here: Path, init: Trained | Pretrained | None) -> Trained:
+    "A stage from where it was left to its end."
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-    data, (net, said) = prepare_task(stage.task, plan), begin(stage, plan, init)
-    start, state = time.perf_counter(), here / "unfinished.safetensors"
+
+    data = prepare_task(stage.task, plan)
+    net, said = begin(stage, plan, init)
+    start = time.perf_counter()
+    state = here / "unfinished.safetensors"
     before = steps_made(state)
     with SummaryWriter(str(here / stage.task.name[:100])) as events:  # tasks that are mixed have long names
         curve = train(net, data, stage, plan, state, events.add_scalar)
     made = int(curve.step.max()) - before
     seconds = (time.perf_counter() - start) / max(made, 1)
     save_network(net, here / "model.safetensors", plan, about(stage.task))
-    options = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "task"}
-    write_json(here / "stage.json", {"task": stage.task.name, **options, "init": init.name if init else None, "begins with": said, "plan": asdict(plan), "where": machine(), "seconds_per_step": seconds,
-                                     "curve": curve.astype(object).where(curve.notna(), None).to_dict("list")})
+    record = _record(stage, plan, init, said)
+    write_json(here / "stage.json", {**record, "seconds_per_step": seconds, "curve": _columns(curve)})
     state.unlink(missing_ok=True)
     return Trained(here.name, here / "model.safetensors", curve, seconds, made)
 
-# %% ../nbs/31_training.ipynb #c341c731
-def average(models: list,  # of `Trained`, all under one plan
-            plan: Plan,  # their plan
-            folder: Path | str,  # where stages are kept
-           ) -> Trained:  # without a curve of its own
-    "The mean of the weights of several stages."
-    name = digest("average", *[m.name for m in models])
+# %% ../nbs/31_training.ipynb #b10899f4
+def run_stage(
+    stage: Stage,  # what to train
+    plan: Plan,  # of the target
+    folder: Path | str,  # where stages are kept
+    init: Trained | Pretrained | None = None,  # the stage before, weights from elsewhere, or None for fresh weights
+) -> Trained:  # the checkpoint and its curve
+    """Trains a stage, goes on with it, or finds it finished; raises `InputError` for data that cannot be read or a
+    folder that cannot be written."""
+    name = stage_name(stage, plan, init.name if init else None)
     here = Path(folder) / name
-    if (kept := finished(here)): return kept
-    nets = [load_network(m.model, plan) for m in models]
-    with torch.no_grad():
-        for k, p in nets[0].named_parameters(): p.copy_(torch.stack([n.get_parameter(k) for n in nets]).mean(0))
-    origin = [read_about(m.model)[1] for m in models]
-    common = {k: v for k, v in origin[0].items() if all(o.get(k) == v for o in origin)}  # modality and label where all have the same
-    save_network(nets[0], here / "model.safetensors", plan, {**common, "task": " | ".join(o["task"] for o in origin), "average of": [m.name for m in models]})
-    write_json(here / "stage.json", {"average of": [m.name for m in models], "seconds_per_step": 0.0, "curve": {"step": [], "loss": []}})
-    return Trained(name, here / "model.safetensors", pd.DataFrame({"step": [], "loss": []}), 0.0, 0)
+    kept = finished(here)
+    if kept:
+        return kept
+    with only_one(here):
+        return finished(here) or _train_stage(stage, plan, here, init)
+
+# %% ../nbs/31_training.ipynb #a6959aa8
+def _mean_network(models: list[Trained], plan: Plan) -> torch.nn.Module:
+    "A network with the mean weights of several models."
+    nets = [load_network(model.model, plan) for model in models]
+    mean = {}
+    for name, _ in nets[0].named_parameters():
+        mean[name] = torch.stack([net.get_parameter(name) for net in nets]).mean(0)
+    _copy_weights(nets[0], mean)
+    return nets[0]
+
+
+def _common_origin(models: list[Trained]) -> dict[str, object]:
+    "What several models say of where they come from: modality and label where all have the same, all their tasks."
+    origins = [read_about(model.model)[1] for model in models]
+    common = {key: said for key, said in origins[0].items() if all(origin.get(key) == said for origin in origins)}
+    tasks = " | ".join(origin["task"] for origin in origins)
+    return {**common, "task": tasks, "average of": [model.name for model in models]}
+
+# %% ../nbs/31_training.ipynb #c341c731
+def average(
+    models: list[Trained],  # all under one plan
+    plan: Plan,  # their plan
+    folder: Path | str,  # where stages are kept
+) -> Trained:  # without a curve of its own
+    "The mean of the weights of several stages."
+    names = [model.name for model in models]
+    name = digest("average", *names)
+    here = Path(folder) / name
+    kept = finished(here)
+    if kept:
+        return kept
+    curve = {"step": [], "loss": []}
+    save_network(_mean_network(models, plan), here / "model.safetensors", plan, _common_origin(models))
+    write_json(here / "stage.json", {"average of": names, "seconds_per_step": 0.0, "curve": curve})
+    return Trained(name, here / "model.safetensors", pd.DataFrame(curve), 0.0, executed=0)

@@ -8,10 +8,12 @@ __all__ = ['read_weights', 'check_limits', 'channels_of', 'adapt', 'what_was_loa
 # %% ../nbs/30_weights.ipynb #8481e250
 import pickle
 import re
-import warnings
 import tarfile
+import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -23,252 +25,478 @@ from .core import InputError
 # %% ../nbs/30_weights.ipynb #844fcc54
 def _archive(path: Path) -> str:
     "Which kind of archive a file is that could run something in an old PyTorch, or nothing."
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
-            return "a TorchScript program" if any(n.endswith("constants.pkl") for n in z.namelist()) else ""
-    return "a tar archive" if tarfile.is_tarfile(path) else ""
+    if tarfile.is_tarfile(path):  # first, since a tar archive can end as a zip archive does
+        return "a tar archive"
+    if not zipfile.is_zipfile(path):
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        is_script = any(name.endswith("constants.pkl") for name in archive.namelist())
+    return "a TorchScript program" if is_script else ""
 
 
-def _load(path: Path):
-    "What a file holds, by its ending."
-    if path.suffix == ".safetensors": return load_file(path)
-    if kind := _archive(path): raise pickle.UnpicklingError(f"it is {kind}")
+def _opened_weights(path: Path) -> object:
+    "What a file holds, by its ending; raises `UnpicklingError` for an archive that could run something."
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    kind = _archive(path)
+    if kind:
+        raise pickle.UnpicklingError(f"it is {kind}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of the file is said once, in the error
         return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../nbs/30_weights.ipynb #951969e6
-_NESTED = "state_dict", "network_weights", "model_state_dict", "model", "net"  # as Lightning, nnU-Net and others call them
+_NESTED = "state_dict", "network_weights", "model_state_dict", "model", "net"  # as Lightning, nnU-Net and others say
 
 
-def _flat(data: dict) -> dict:
-    "Tensors by name, out of the one plain dict that holds them; raises `InputError` where there is none or no telling which."
-    tensors = lambda d: {k: v for k, v in d.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    if not isinstance(data, dict): raise InputError(f"it holds {type(data).__name__}, and weights are a dict of tensors by name: save net.state_dict()")
-    inner = {k: v for k, v in data.items() if isinstance(v, dict) and v and len(tensors(v)) == len(v)}
-    known = [k for k in _NESTED if k in inner] or list(inner)
-    if len(known) > 1 and known[0] not in _NESTED: raise InputError(f"it holds weights under {', '.join(map(str, known))}: save the dict that is meant in a file of its own")
-    found = inner[known[0]] if known else tensors(data)
-    if not found: raise InputError("it holds no tensors by name: save net.state_dict()")
+def _named_tensors(data: dict) -> dict[str, torch.Tensor]:
+    "The entries of a dict that are tensors with a name."
+    return {k: v for k, v in data.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+
+
+def _flat(data: object) -> dict[str, torch.Tensor]:
+    """Tensors by name, out of the one plain dict that holds them; raises `InputError` where there is none or no telling
+    which."""
+    if not isinstance(data, dict):
+        kind = type(data).__name__
+        raise InputError(f"it holds {kind}, and weights are a dict of tensors by name: save net.state_dict()")
+    inner = {k: v for k, v in data.items() if isinstance(v, dict) and v and len(_named_tensors(v)) == len(v)}
+    known = [name for name in _NESTED if name in inner] or list(inner)
+    if len(known) > 1 and known[0] not in _NESTED:
+        several = ", ".join(map(str, known))
+        raise InputError(f"it holds weights under {several}: save the dict that is meant in a file of its own")
+    found = inner[known[0]] if known else _named_tensors(data)
+    if not found:
+        raise InputError("it holds no tensors by name: save net.state_dict()")
     return found
 
+# %% ../nbs/30_weights.ipynb #d2257995
+def _why_not_opened(error: pickle.UnpicklingError) -> str:
+    "What stopped torch's reader."
+    said = str(error)
+    asked = re.search(r"GLOBAL (\S+)", said)
+    if asked:
+        return f"it asks for {asked[1]}"
+    if "torch.load" in said:
+        return "torch finds no plain tensors in it"
+    return said.splitlines()[0].rstrip(".")
+
 # %% ../nbs/30_weights.ipynb #4eaa4499
-_AS_SAFETENSORS = "where you trust its origin, open it yourself and keep the weights alone with safetensors.torch.save_file"
-
-
-def read_weights(path: Path | str,  # `.safetensors`, `.pt`, `.pth` or `.ckpt` file
-                ) -> dict:  # tensors by name, on the CPU
-    "The weights in a file, of which nothing is ever executed; raises `InputError` naming the file when it is missing, damaged, of another kind, or holds more than weights."
+def read_weights(
+    path: Path | str,  # `.safetensors`, `.pt`, `.pth` or `.ckpt` file
+) -> dict[str, torch.Tensor]:  # tensors by name, on the CPU
+    """The weights in a file, of which nothing is ever executed; raises `InputError` naming the file when it is missing,
+    damaged, of another kind, or holds more than weights."""
     path = Path(path)
-    if not path.is_file(): raise InputError(f"There is no file of weights {path}: check the path.")
-    if path.suffix not in (".safetensors", ".pt", ".pth", ".ckpt"): raise InputError(f"{path} is no file of weights by its ending: give a .safetensors, .pt, .pth or .ckpt file.")
-    try: return _flat(_load(path))
-    except InputError as e: raise InputError(f"{path} cannot be used, {e}.") from e
-    except pickle.UnpicklingError as e:
-        what = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it asks for {what[1]}" if what else "torch finds no plain tensors in it" if "torch.load" in str(e) else str(e).splitlines()[0].rstrip(".")  # torch's own advice would be to trust it
-        raise InputError(f"{path} holds more than weights or is damaged ({why}) and was not opened, since that could run a program: {_AS_SAFETENSORS}.") from e
-    except Exception as e: raise InputError(f"{path} cannot be read, it may be damaged or cut short ({(str(e) or type(e).__name__).splitlines()[0].rstrip('.')}): fetch it again.") from e
+    if not path.is_file():
+        raise InputError(f"There is no file of weights {path}: check the path.")
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".ckpt"):
+        raise InputError(f"{path} is no file of weights by its ending: give a .safetensors, .pt, .pth or .ckpt file.")
+    try:
+        return _flat(_opened_weights(path))
+    except InputError as error:
+        raise InputError(f"{path} cannot be used, {error}.") from error
+    except pickle.UnpicklingError as error:
+        said = f"{path} holds more than weights or is damaged ({_why_not_opened(error)}) and was not opened"
+        advice = "open it yourself and keep the weights alone with safetensors.torch.save_file"
+        raise InputError(f"{said}, since that could run a program: where you trust its origin, {advice}.") from error
+    except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{path} cannot be read, it may be damaged or cut short ({why}): fetch it again.") from error
+
+# %% ../nbs/30_weights.ipynb #ffbbf963
+def _alias(name: str) -> str:
+    "The place of a layer that DynUNet names a second time, in the nesting of its skips."
+    level = name.count("next_layer.")
+    nested = name.removeprefix("skip_layers." + "next_layer." * level)
+    part, _, rest = nested.partition(".")
+    if part == "downsample":
+        return f"downsamples.{level - 1}.{rest}" if level else f"input_block.{rest}"
+    if part == "upsample":
+        return f"upsamples.{-level - 1}.{rest}"
+    if part == "super_head":
+        return f"deep_supervision_heads.{level - 1}.{rest}"
+    return f"downsamples.{level - 1}.{part}.{rest}"
 
 # %% ../nbs/30_weights.ipynb #54e0c8e1
 _FROM_BELOW = "upsamples", "up_layers", "up_samples"  # lists of which MONAI counts the coarsest as 0
 
 
-def _alias(name: str) -> str:
-    "The place of a layer that DynUNet names a second time, in the nesting of its skips."
-    level = name.count("next_layer.")
-    part, _, rest = name.removeprefix("skip_layers." + "next_layer." * level).partition(".")
-    if part == "downsample": return f"downsamples.{level - 1}.{rest}" if level else f"input_block.{rest}"
-    if part == "upsample": return f"upsamples.{-level - 1}.{rest}"
-    return f"deep_supervision_heads.{level - 1}.{rest}" if part == "super_head" else f"downsamples.{level - 1}.{part}.{rest}"
+def _lengths(names: Iterable[str]) -> dict[str, int]:
+    "How many members each list of layers has."
+    found = {}
+    for name in names:
+        first, _, rest = name.partition(".")
+        i, _, inner = rest.partition(".")
+        if i.isdigit() and inner:
+            found[first] = max(found.get(first, 0), int(i) + 1)
+    return found
 
 
-def _places(names) -> dict:
+def _place(name: str, lengths: dict[str, int]) -> str:
+    "The place that a name means, in a network with lists of these lengths."
+    first, i, rest = (name.split(".", 2) + ["", ""])[:3]
+    if first == "skip_layers":
+        return _alias(name)
+    if first in _FROM_BELOW and i.isdigit():
+        return f"{first}.{int(i) - lengths[first]}.{rest}"
+    if first == "bottleneck":
+        return f"downsamples.{lengths.get('downsamples', 0)}.{i}.{rest}"
+    return re.sub(r"submodule\.(?=conv|adn|residual)", "submodule.0.", name)
+
+# %% ../nbs/30_weights.ipynb #731b6ec5
+def _places(names: Iterable[str]) -> dict[str, str]:
     "{place: name}, places counted from the full resolution; of two names for one place the plain one."
-    names, most, out = list(names), {}, {}
-    split = [n.split(".", 2) for n in names]
-    for first, i, *_ in (s for s in split if len(s) > 2 and s[1].isdigit()): most[first] = max(most.get(first, 0), int(i) + 1)
-    for name in sorted(names, key=lambda n: n.startswith("skip_layers.")):
-        first, i, rest = (name.split(".", 2) + ["", ""])[:3]
-        if first == "skip_layers": place = _alias(name)
-        elif first in _FROM_BELOW and i.isdigit(): place = f"{first}.{int(i) - most[first]}.{rest}"
-        elif first == "bottleneck": place = f"downsamples.{most.get('downsamples', 0)}.{i}.{rest}"
-        else: place = re.sub(r"submodule\.(?=conv|adn|residual)", "submodule.0.", name)
-        out.setdefault(place, name)
-    return out
+    names = list(names)
+    lengths = _lengths(names)
+    places = {}
+    for name in sorted(names, key=lambda name: name.startswith("skip_layers.")):
+        places.setdefault(_place(name, lengths), name)
+    return places
 
 # %% ../nbs/30_weights.ipynb #f9a4543d
-def _own(net) -> dict:
+def _own(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     "Parameters and buffers of a network by name, each once."
     kept = net.state_dict().keys()
-    return {**dict(net.named_parameters()), **{n: b for n, b in net.named_buffers() if n in kept}}
+    buffers = {name: buffer for name, buffer in net.named_buffers() if name in kept}
+    return {**dict(net.named_parameters()), **buffers}
 
 
-def _match(state: dict, own) -> tuple:
-    "({our name: their name} for each place that both have, their names that have no place here)."
+def _beginnings(names: Iterable[str]) -> list[str]:
+    "All beginnings of up to three words, the shortest first."
+    found = {}
+    for name in names:
+        words = name.split(".")
+        for n in range(4):
+            found["".join(f"{word}." for word in words[:n])] = None  # in the order of the file
+    return sorted(found, key=len)
+
+# %% ../nbs/30_weights.ipynb #68e59884
+class _Matched(NamedTuple):
+    "Which foreign names belong to which of ours."
+
+    names: dict[str, str]  # {our name: their name} for each place that both have
+    unused: list[str]  # their names that have no place here
+
+
+def _match_under(start: str, bare: dict[str, str], ours: dict[str, str]) -> _Matched:
+    "What fits when `start` is taken off: of {name without compilation: name in the file} and {our place: our name}."
+    theirs = _places(name[len(start) :] for name in bare if name.startswith(start))
+    names = {ours[place]: bare[start + name] for place, name in theirs.items() if place in ours}
+    unused = [bare[start + name] for place, name in theirs.items() if place not in ours]
+    unused += [name for short, name in bare.items() if not short.startswith(start)]
+    return _Matched(names, unused)
+
+
+def _match(state: Iterable[str], own: dict[str, torch.Tensor]) -> _Matched:
+    "The match of foreign names, whatever wraps them, with those of our network."
     bare = {name.replace("_orig_mod.", ""): name for name in state}
-    starts = dict.fromkeys("".join(s + "." for s in name.split(".")[:n]) for name in bare for n in range(4))  # in the order of the file
-    ours, best, rest = _places(own), {}, list(state)
-    for start in sorted(starts, key=len):
-        theirs = _places([n[len(start):] for n in bare if n.startswith(start)])
-        found = {ours[p]: bare[start + n] for p, n in theirs.items() if p in ours}
-        if len(found) > len(best): best, rest = found, [bare[start + n] for p, n in theirs.items() if p not in ours] + [name for n, name in bare.items() if not n.startswith(start)]
-        if len(found) == len(own): break
-    return best, rest
+    ours = _places(own)
+    best = _Matched({}, list(state))
+    for start in _beginnings(bare):
+        found = _match_under(start, bare, ours)
+        if len(found.names) > len(best.names):
+            best = found
+        if len(found.names) == len(own):
+            break
+    return best
 
 # %% ../nbs/30_weights.ipynb #510c8573
-def _channels(w: torch.Tensor, wanted: int, given: tuple, names: tuple) -> tuple:
-    "(Kernels `OI...` for `wanted` input channels, how they were made): the channel that bears our name, else the mean of all, scaled."
-    n, lower = w.shape[1], [g.lower() for g in given]
+class _Fit(NamedTuple):
+    "Foreign weights in another shape, and how they came to it."
+
+    weights: torch.Tensor | None  # None where they do not fit
+    how: str  # in words; empty where nothing was done
+
+
+def _by(sizes: Iterable[int]) -> str:
+    "Sizes as people write them: 3x3x1."
+    return "x".join(map(str, sizes))
+
+
+def _channels(w: torch.Tensor, wanted: int, given: tuple[str, ...], names: tuple[str, ...]) -> _Fit:
+    "Kernels `OI...` for `wanted` input channels: those of the channel with our name, else the scaled mean of all."
+    n = w.shape[1]
+    lower = [name.lower() for name in given]
     if wanted == len(names) == 1 and names[0].lower() in lower:
-        return w[:, [lower.index(names[0].lower())]], f"channel {names[0]} of {n}"
-    why = f" ({names[0]} is not among {', '.join(given)})" if given and names else ""
-    return (w.mean(1, keepdim=True) * (n / wanted)).repeat_interleave(wanted, 1), f"mean of {n} channels, times {n}/{wanted}{why}"
+        at = lower.index(names[0].lower())
+        return _Fit(w[:, [at]], f"channel {names[0]} of {n}")
+    why = ""
+    if given and names:
+        why = f" ({names[0]} is not among {', '.join(given)})"
+    mean = w.mean(1, keepdim=True) * (n / wanted)
+    return _Fit(mean.repeat_interleave(wanted, 1), f"mean of {n} channels, times {n}/{wanted}{why}")
 
 # %% ../nbs/30_weights.ipynb #05daf21c
-def _resized(w: torch.Tensor, axis: int, n: int, blocks: bool) -> tuple:
-    "(Kernels with `n` voxels along `axis`, verb), or (None, '') where there is no common middle; `blocks` of a transposed convolution that do not overlap."
+def _resized(w: torch.Tensor, axis: int, n: int, blocks: bool) -> _Fit:
+    "Kernels with `n` voxels along an axis, None where there is no common middle; `blocks` do not meet."
     have = w.shape[axis]
-    if have == n: return w, ""
-    if blocks and n == 1: return w.mean(axis, keepdim=True), "averaged"
-    if blocks and have == 1: return w.repeat_interleave(n, axis), "repeated"
-    if (have - n) % 2: return None, ""
-    if have > n: return w.narrow(axis, (have - n) // 2, n), "cut"
+    if have == n:
+        return _Fit(w, "")
+    if blocks and n == 1:
+        return _Fit(w.mean(axis, keepdim=True), "averaged")
+    if blocks and have == 1:
+        return _Fit(w.repeat_interleave(n, axis), "repeated")
+    if (have - n) % 2:
+        return _Fit(None, "")
+    if have > n:
+        return _Fit(w.narrow(axis, (have - n) // 2, n), "cut")
     edge = torch.zeros_like(w.narrow(axis, 0, 1)).repeat_interleave((n - have) // 2, axis)
-    return torch.cat([edge, w, edge], axis), "padded with zeros"
+    return _Fit(torch.cat([edge, w, edge], axis), "padded with zeros")
 
-
+# %% ../nbs/30_weights.ipynb #874e2ddd
 def _inflated(w: torch.Tensor, n: int, stride: int) -> torch.Tensor:
     "2-D kernels laid along `n` slices; `stride` of a transposed convolution, else 1."
-    meet = torch.tensor([len(range(j % stride, n, stride)) for j in range(n)], dtype=w.dtype)
-    return w[..., None] / meet
+    meet = [len(range(j % stride, n, stride)) for j in range(n)]
+    return w[..., None] / torch.tensor(meet, dtype=w.dtype)
 
-
-def _by(sizes) -> str: return "x".join(map(str, sizes))
-
-
-def _kernel(w: torch.Tensor, layer) -> tuple:
-    "(Kernels of the size that `layer` wants or None, how they were made)."
-    up, size = isinstance(layer, _ConvTransposeNd), layer.kernel_size
-    given, verbs, flat = _by(w.shape[2:]), [], w.ndim == 4 and len(size) == 3
-    if w.ndim - 2 != len(size) and not flat: return None, f"fresh: {w.ndim - 2}-D kernel against {len(size)}-D"
+# %% ../nbs/30_weights.ipynb #26462838
+def _kernel(w: torch.Tensor, layer: _ConvNd) -> _Fit:
+    "Kernels of the size that `layer` wants."
+    size, is_up = layer.kernel_size, isinstance(layer, _ConvTransposeNd)
+    given, verbs = _by(w.shape[2:]), []
+    is_flat = w.ndim == 4 and len(size) == 3
+    if w.ndim - 2 != len(size) and not is_flat:
+        return _Fit(None, f"fresh: {w.ndim - 2}-D kernel against {len(size)}-D")
     for axis in range(2, w.ndim):
-        w, verb = _resized(w, axis, size[axis - 2], up and size[axis - 2] == layer.stride[axis - 2])
-        if w is None: return None, f"fresh: kernel {given} and {_by(size)} have no common middle"
+        n, stride = size[axis - 2], layer.stride[axis - 2]
+        w, verb = _resized(w, axis, n, blocks=is_up and n == stride)
+        if w is None:
+            return _Fit(None, f"fresh: kernel {given} and {_by(size)} have no common middle")
         verbs.append(verb)
-    if flat: w, verbs = _inflated(w, size[2], layer.stride[2] if up else 1), [*verbs, "inflated"]
-    said = " and ".join(dict.fromkeys(v for v in verbs if v))
-    return w, f"{'2-D ' * flat}kernel {given} {said} to {_by(size)}" if said else ""
+    if is_flat:
+        w = _inflated(w, size[2], layer.stride[2] if is_up else 1)
+        verbs.append("inflated")
+    done = " and ".join(dict.fromkeys(verb for verb in verbs if verb))
+    return _Fit(w, f"{'2-D ' * is_flat}kernel {given} {done} to {_by(size)}" if done else "")
 
 # %% ../nbs/30_weights.ipynb #15f6d3a2
-def _ends(net) -> tuple:
-    "({layer: convolution}, input channels of the network, its output channels)."
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd)}
-    if not layers: raise InputError("This network has no convolution to be given weights: give one that `build_network` makes.")
+class _Ends(NamedTuple):
+    "The convolutions of a network, and what goes in and out at its ends."
+
+    layers: dict[str, _ConvNd]  # convolutions by name
+    inputs: int  # channels of the image
+    outputs: int  # logits of the head
+
+
+def _ends(net: torch.nn.Module) -> _Ends:
+    "The ends of a network; raises `InputError` for one without convolutions."
+    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, _ConvNd)}
+    if not layers:
+        raise InputError("This network has no convolution to be given weights: give one that `build_network` makes.")
     convolutions = list(layers.values())
-    return layers, convolutions[0].in_channels, convolutions[-1].out_channels
+    return _Ends(layers, convolutions[0].in_channels, convolutions[-1].out_channels)
+
+# %% ../nbs/30_weights.ipynb #892fb68c
+def _other_width(w: torch.Tensor, mine: torch.Tensor) -> _Fit:
+    "No fit, since the features of the two networks are not as many."
+    return _Fit(None, f"fresh: other width {_by(w.shape[:2])} against {_by(mine.shape[:2])}")
 
 
-def _fit(w: torch.Tensor, mine: torch.Tensor, layer, inputs: int, outputs: int, given: tuple, names: tuple) -> tuple:
-    "(`w` in the shape of `mine` or None, how): `layer` is the convolution it belongs to, if it does."
-    if mine.is_floating_point() and not w.is_floating_point(): return None, f"fresh: the file holds {w.dtype}".replace("torch.", "")
-    if w.shape == mine.shape: return w, "as it is"
-    w = w.to(mine)  # before any mean is taken: half precision is for keeping
-    kernel, steps = layer is not None and min(w.ndim, mine.ndim) > 2, []
-    out = 1 if kernel and isinstance(layer, _ConvTransposeNd) else 0
-    width = f"fresh: other width {_by(w.shape[:2])} against {_by(mine.shape[:2])}"
-    if layer is None or w.ndim != mine.ndim and not kernel: return None, width
-    if w.shape[out] != mine.shape[out]:
-        return None, f"fresh: the head has {w.shape[out]} outputs, this one {outputs}" if layer.out_channels == outputs else width
-    if kernel and w.shape[1 - out] != mine.shape[1 - out]:
-        if out or layer.in_channels != inputs: return None, width
-        w, how = _channels(w, inputs, given, names); steps.append(how)
+def _fit_kernel(w: torch.Tensor, mine: torch.Tensor, layer: _ConvNd, ends: _Ends, given: tuple, names: tuple) -> _Fit:
+    "Kernels with as many outputs as ours, brought to its inputs and to its size."
+    is_up = isinstance(layer, _ConvTransposeNd)
+    ins = 0 if is_up else 1  # axis of the input channels
+    steps = []
+    if w.shape[ins] != mine.shape[ins]:
+        if is_up or layer.in_channels != ends.inputs:
+            return _other_width(w, mine)
+        w, how = _channels(w, ends.inputs, given, names)
+        steps.append(how)
     w, how = _kernel(w, layer)
-    return w, how if w is None else "; ".join(s for s in (*steps, how) if s)
+    if w is None:
+        return _Fit(None, how)
+    return _Fit(w, "; ".join(step for step in (*steps, how) if step))
+
+# %% ../nbs/30_weights.ipynb #3247cff2
+def _fit(w: torch.Tensor, mine: torch.Tensor, layer: _ConvNd | None, ends: _Ends, given: tuple, names: tuple) -> _Fit:
+    "`w` in the shape of `mine`: `layer` is the convolution it belongs to, if it does."
+    if mine.is_floating_point() and not w.is_floating_point():
+        return _Fit(None, f"fresh: the file holds {w.dtype}".replace("torch.", ""))
+    if w.shape == mine.shape:
+        return _Fit(w, "as it is")
+    is_kernel = min(w.ndim, mine.ndim) > 2
+    if layer is None or (w.ndim != mine.ndim and not is_kernel):
+        return _other_width(w, mine)
+    out = 1 if is_kernel and isinstance(layer, _ConvTransposeNd) else 0  # axis of the output channels
+    if w.shape[out] != mine.shape[out]:
+        if layer.out_channels == ends.outputs:
+            return _Fit(None, f"fresh: the head has {w.shape[out]} outputs, this one {ends.outputs}")
+        return _other_width(w, mine)
+    w = w.to(mine)  # before any mean is taken: half precision is for keeping
+    return _fit_kernel(w, mine, layer, ends, given, names)
+
+# %% ../nbs/30_weights.ipynb #42ba1aa6
+def _several(names: str | Iterable[str] | None) -> tuple[str, ...]:
+    "One name, several or none, as a tuple."
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _check_names(given: tuple[str, ...], wanted: tuple[str, ...], inputs: int | None) -> None:
+    "Raises `InputError` for several wanted modalities, and for names that do not belong to the channels."
+    channels = ", ".join(given)
+    if len(wanted) > 1:
+        said = f"This network takes one modality a task, and {', '.join(wanted)} are wanted"
+        raise InputError(f"{said}: name one of them, and make a task of each of the others.")
+    if len({name.lower() for name in given}) < len(given):
+        raise InputError(f"The channels {channels} are not told apart by their names: give each modality once.")
+    if given and inputs and len(given) != inputs:
+        of = f"weights of {inputs} input channel{'s' * (inputs > 1)}"
+        said = f"{len(given)} modalities ({channels}) are named for {of}"
+        raise InputError(f"{said}: name each channel in the order in which that network takes them.")
 
 # %% ../nbs/30_weights.ipynb #d920964f
-def _several(names) -> tuple: return (names,) if isinstance(names, str) else tuple(names or ())
+def _kernels_kept(given: tuple[str, ...], wanted: tuple[str, ...]) -> str:
+    "Which kernels of several input channels are used."
+    if not given or not wanted:
+        return "their mean is used, since it is not said which of them is this one's"
+    if wanted[0].lower() in [name.lower() for name in given]:
+        return f"only the kernels of {wanted[0]} are kept"
+    return f"their mean is used, since {wanted[0]} is not among {', '.join(given)}"
 
 
-def check_limits(given: tuple = (),  # modalities of the foreign input channels, in order
-                 wanted: tuple = (),  # modality of the task
-                 inputs: int | None = None,  # input channels of the foreign weights, where known
-                 outputs: int | None = None,  # outputs of their head, where known
-                ) -> list:  # a sentence for each thing that will not be kept
-    "What many channels and classes come to here; raises `InputError` for several wanted modalities, and for names that do not belong to the channels."
-    given, wanted, out = _several(given), _several(wanted), []
-    if len(wanted) > 1: raise InputError(f"This network takes one modality a task, and {', '.join(wanted)} are wanted: name one of them, and make a task of each of the others.")
-    if len({g.lower() for g in given}) < len(given): raise InputError(f"The channels {', '.join(given)} are not told apart by their names: give each modality once.")
-    if given and inputs and len(given) != inputs: raise InputError(f"{len(given)} modalities ({', '.join(given)}) are named for weights of {inputs} input channel{'s' * (inputs > 1)}: name each channel in the order in which that network takes them.")
-    missing = wanted and wanted[0].lower() not in [g.lower() for g in given]
+def check_limits(
+    given: tuple[str, ...] = (),  # modalities of the foreign input channels, in order
+    wanted: tuple[str, ...] = (),  # modality of the task
+    inputs: int | None = None,  # input channels of the foreign weights, where known
+    outputs: int | None = None,  # outputs of their head, where known
+) -> list[str]:  # a sentence for each thing that will not be kept
+    """What many channels and classes come to here; raises `InputError` for several wanted modalities, and for names
+    that do not belong to the channels."""
+    given, wanted = _several(given), _several(wanted)
+    _check_names(given, wanted, inputs)
+    said = []
     if inputs and inputs > 1:
-        what = f"{wanted[0]} is not among {', '.join(given)}" if given and wanted else "it is not said which of them is this one's"
-        kept = f"their mean is used, since {what}" if missing or not wanted else f"only the kernels of {wanted[0]} are kept"
-        out.append(f"The weights take {inputs} input channels and this network one modality a task: {kept}.")
-    if outputs and outputs > 1: out.append(f"The weights tell {outputs} classes apart and a task has one label here: the head starts fresh.")
-    return out
+        of = f"The weights take {inputs} input channels and this network one modality a task"
+        said.append(f"{of}: {_kernels_kept(given, wanted)}.")
+    if outputs and outputs > 1:
+        said.append(f"The weights tell {outputs} classes apart and a task has one label here: the head starts fresh.")
+    return said
 
 # %% ../nbs/30_weights.ipynb #7e8aa10c
-def channels_of(state: dict,  # foreign weights by name
-                net: torch.nn.Module,  # that wants them
-               ) -> tuple:  # (input channels, outputs of the head) of the foreign network; None where it has no such layer in the same place
+def channels_of(
+    state: dict[str, torch.Tensor],  # foreign weights by name
+    net: torch.nn.Module,  # that wants them
+) -> tuple[int | None, int | None]:  # (input channels, outputs of the head); None where it has no such layer
     "What the first and the last layer of foreign weights say of the images and classes they were trained on."
     layers, inputs, outputs = _ends(net)
-    theirs, _ = _match(state, _own(net))
-    shapes = {n: state[theirs[f"{n}.weight"]].shape for n in layers if f"{n}.weight" in theirs}
-    first = (shapes[n][1] for n, m in layers.items() if n in shapes and m.in_channels == inputs)
-    last = (shapes[n][int(isinstance(m, _ConvTransposeNd))] for n, m in reversed(layers.items()) if n in shapes and m.out_channels == outputs)
-    return next(first, None), next(last, None)
+    theirs = _match(state, _own(net)).names
+    matched = {name: layer for name, layer in layers.items() if f"{name}.weight" in theirs}
+    first = last = None
+    for name, layer in matched.items():
+        shape = state[theirs[f"{name}.weight"]].shape
+        if first is None and layer.in_channels == inputs:
+            first = shape[1]
+        if layer.out_channels == outputs:
+            last = shape[1 if isinstance(layer, _ConvTransposeNd) else 0]
+    return first, last
 
 # %% ../nbs/30_weights.ipynb #a2141441
-def _row(parameter, source, w, mine, how) -> dict:
-    shape = lambda t: "" if t is None else _by(t.shape) or "1"
-    return {"parameter": parameter, "source": source, "given": shape(w), "wanted": shape(mine), "weights": (w if mine is None else mine).numel(), "how": how}
+def _shape(tensor: torch.Tensor | None) -> str:
+    "A shape as a report writes it: 1 for a single number, nothing for no tensor."
+    return "" if tensor is None else _by(tensor.shape) or "1"
 
 
-def _nothing(state, own, report) -> InputError:
-    hows = [h for h in dict.fromkeys(report.how) if h.startswith("fresh: ") and "not in the file" not in h]
-    why = hows[0].removeprefix("fresh: ") if hows else "no layers of the same names"
-    return InputError(f"None of the weights given ({next(iter(state))} ...) fits this network ({next(iter(own))} ...; {why}): "
-                      "build a network of the same kind and width, or rename the parameters.")
+def _report_row(
+    ours: str, theirs: str, given: torch.Tensor | None, mine: torch.Tensor | None, how: str
+) -> dict[str, object]:
+    "What a report says of one parameter; `mine` is None for a foreign one that has no place."
+    counted = given if mine is None else mine
+    shapes = {"given": _shape(given), "wanted": _shape(mine)}
+    return {"parameter": ours, "source": theirs, **shapes, "weights": counted.numel(), "how": how}
+
+# %% ../nbs/30_weights.ipynb #9042658c
+def _check_finite(weights: torch.Tensor, name: str) -> None:
+    "Raises `InputError` for weights of a training that went astray."
+    if not torch.isfinite(weights).all():
+        said = f"The weights {name} hold values that are not finite"
+        raise InputError(f"{said}: that training went astray, take an earlier checkpoint.")
+
+
+def _check_any_kernel(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], report: pd.DataFrame) -> None:
+    "Raises `InputError` when every kernel of ours starts fresh, with the first reason that is not absence."
+    kernels = [name for name, weights in own.items() if weights.ndim > 1]
+    hows = report[report.parameter.isin(kernels)].how
+    if not hows.str.startswith("fresh").all():
+        return
+    reasons = [how for how in report.how if how.startswith("fresh: ") and "not in the file" not in how]
+    why = reasons[0].removeprefix("fresh: ") if reasons else "no layers of the same names"
+    example, wanted = next(iter(state)), next(iter(own))
+    raise InputError(
+        f"None of the weights given ({example} ...) fits this network ({wanted} ...; {why}): "
+        "build a network of the same kind and width, or rename the parameters."
+    )
+
+# %% ../nbs/30_weights.ipynb #e814b99a
+def _laid(w: torch.Tensor | None, mine: torch.Tensor) -> torch.Tensor:
+    "A copy of foreign weights with the kind and place of ours, or of ours where there are none."
+    found = mine.detach() if w is None else w.to(mine)
+    return found.clone(memory_format=torch.contiguous_format)
+
+
+def _adapted(
+    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], ends: _Ends, given: tuple, wanted: tuple
+) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
+    "A whole state and its report."
+    theirs, unused = _match(state, own)
+    whole, rows = {}, []
+    for name, mine in own.items():
+        source = theirs.get(name, "")
+        w, found = state.get(source), _Fit(None, "fresh: not in the file")
+        if w is not None:
+            layer = ends.layers.get(name.rpartition(".")[0])
+            found = _fit(w.detach(), mine, layer, ends, given, wanted)
+        whole[name] = _laid(found.weights, mine)
+        _check_finite(whole[name], source)
+        rows.append(_report_row(name, source, w, mine, found.how))
+    rows += [_report_row("", name, state[name], None, "not used: no such place here") for name in unused]
+    return whole, pd.DataFrame(rows)
 
 # %% ../nbs/30_weights.ipynb #51474083
-def adapt(state: dict,  # foreign weights: tensors by name
-          net: torch.nn.Module,  # that wants them, freshly built
-          given: tuple = (),  # modalities of the foreign input channels, in order
-          wanted: tuple = (),  # modality of the task
-         ) -> tuple:  # (tensors by the name of each parameter and buffer of `net`; report with columns parameter, source, given, wanted, weights, how)
-    """Foreign weights brought to `net`, to be loaded by `net.load_state_dict(state, strict=False)`.
-    Raises `InputError` for what `check_limits` refuses, for values that are not finite, and where no kernel could be taken."""
+def adapt(
+    state: dict[str, torch.Tensor],  # foreign weights by name
+    net: torch.nn.Module,  # that wants them, freshly built
+    given: tuple[str, ...] = (),  # modalities of the foreign input channels, in order
+    wanted: tuple[str, ...] = (),  # modality of the task
+) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:  # (every parameter and buffer of `net` by name; report)
+    """Foreign weights brought to `net`, to be loaded by `net.load_state_dict(state, strict=False)`. The report has the
+    columns parameter, source, given, wanted, weights, how. Raises `InputError` for what `check_limits` refuses, for
+    values that are not finite, and where no kernel could be taken."""
     given, wanted = _several(given), _several(wanted)
     check_limits(given, wanted)
-    try: state = _flat(state)
-    except InputError as e: raise InputError(f"The weights given cannot be used, {e}.") from e
-    own, (layers, inputs, outputs) = _own(net), _ends(net)
+    try:
+        state = _flat(state)
+    except InputError as error:
+        raise InputError(f"The weights given cannot be used, {error}.") from error
+    own = _own(net)
     check_limits(given, wanted, *channels_of(state, net))
-    theirs, unused = _match(state, own)
-    out, rows = {}, []
-    for name, mine in own.items():
-        w, found, how = state.get(theirs.get(name)), None, "fresh: not in the file"
-        if w is not None:
-            found, how = _fit(w.detach(), mine, layers.get(name.rpartition(".")[0]), inputs, outputs, given, wanted)
-        out[name] = (mine.detach() if found is None else found.to(mine)).clone(memory_format=torch.contiguous_format)
-        if not torch.isfinite(out[name]).all(): raise InputError(f"The weights {theirs[name]} hold values that are not finite: that training went astray, take an earlier checkpoint.")
-        rows.append(_row(name, theirs.get(name, ""), w, mine, how))
-    report = pd.DataFrame(rows + [_row("", n, state[n], None, "not used: no such place here") for n in unused])
-    kernels = [n for n, m in own.items() if m.ndim > 1]
-    if report[report.parameter.isin(kernels)].how.str.startswith("fresh").all(): raise _nothing(state, own, report)
-    return out, report
+    whole, report = _adapted(state, own, _ends(net), given, wanted)
+    _check_any_kernel(state, own, report)
+    return whole, report
 
 # %% ../nbs/30_weights.ipynb #e802a282
-def what_was_loaded(report: pd.DataFrame,  # of `adapt`
-                   ) -> str:  # lines of text
+def _in_order(line: tuple[str, pd.DataFrame]) -> tuple[bool, bool, int]:
+    "By what one way is sorted: taken, fresh, not used; the most weights first."
+    how, rows = line
+    return how.startswith("not used"), how.startswith("fresh"), -rows.weights.sum()
+
+
+def _which(how: str, rows: pd.DataFrame) -> str:
+    "The parameters that came one way: up to three by name."
+    names = rows.parameter.where(rows.parameter != "", rows.source).tolist()
+    if how == "as it is":
+        return f"{len(names)} parameters"
+    named = ", ".join(names[:3])
+    return f"{named} and {len(names) - 3} more" if len(names) > 3 else named
+
+
+def what_was_loaded(
+    report: pd.DataFrame,  # of `adapt`
+) -> str:  # lines of text
     "How many weights were taken, and a line for each way with up to three of its parameters."
     ours = report[report.parameter != ""]
-    taken = ours[~ours.how.str.startswith("fresh")].weights.sum()
-    lines = [f"{100 * taken // ours.weights.sum()} % of {ours.weights.sum():,} weights loaded"]
-    for how, part in sorted(report.groupby("how", sort=False), key=lambda g: (g[0].startswith("not used"), g[0].startswith("fresh"), -g[1].weights.sum())):
-        names = part.parameter.where(part.parameter != "", part.source).tolist()
-        which = f"{len(names)} parameters" if how == "as it is" else ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"{part.weights.sum():>12,}  {how} ({which})")
+    taken, of = ours[~ours.how.str.startswith("fresh")].weights.sum(), ours.weights.sum()
+    lines = [f"{100 * taken // of} % of {of:,} weights loaded"]
+    for how, rows in sorted(report.groupby("how", sort=False), key=_in_order):
+        lines.append(f"{rows.weights.sum():>12,}  {how} ({_which(how, rows)})")
     return "\n".join(lines)

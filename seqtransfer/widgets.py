@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'as_shown', 'packed', 'term_bounds', 'task_groups', 'task_communities', 'thumbnail', 'histograms',
-           'look', 'answer', 'AffinityExplorer']
+           'look', 'Answer', 'answer', 'AffinityExplorer']
 
 # %% ../nbs/51_widgets.ipynb #12ce8f63
 import base64
@@ -16,6 +16,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 import anywidget
 import matplotlib
@@ -28,259 +29,445 @@ from scipy import ndimage
 
 from .affinity import COLUMNS, Affinity, scales
 from .core import InputError, nearest, progress, replacing
-from .paths import best_paths, communities, landmark_communities, path_cost, source_graph
-from .paths import edges as edge_rule
+from .landmarks import communities, landmark_communities, source_graph
+from .paths import best_paths
+from .search import path_cost
+from .landmarks import edges as edge_rule
 from .tasks import Task, Volume, foreground, read_case
 
 # %% ../nbs/51_widgets.ipynb #83a91b4f
-def as_shown(affinity: Affinity,  # any
-            ) -> Affinity:  # without resamplings
+def as_shown(
+    affinity: Affinity,  # any
+) -> Affinity:  # without resamplings
     "The affinity whose terms are the 32-bit numbers that the browser has."
-    return replace(affinity, terms={t: np.asarray(m, np.float32).astype(float) for t, m in affinity.terms.items()}, replicates={}, bounds={})
+    rounded = {term: np.asarray(d, np.float32).astype(float) for term, d in affinity.terms.items()}
+    return replace(affinity, terms=rounded, replicates={}, bounds={})
 
-
-def packed(matrices: Iterable[np.ndarray],  # each (N, N)
-          ) -> bytes:  # float32, little-endian, one matrix after another
+# %% ../nbs/51_widgets.ipynb #ca992f99
+def packed(
+    matrices: Iterable[np.ndarray],  # each (N, N)
+) -> bytes:  # float32, little-endian, one matrix after another
     "Matrices as the browser reads them."
     return b"".join(np.ascontiguousarray(m, "<f4").tobytes() for m in matrices)
 
 
-def term_bounds(affinity: Affinity,  # with resamplings, or read from a table with intervals
-               ) -> dict:  # term -> (2, N, N); terms without an interval are left out
+def term_bounds(
+    affinity: Affinity,  # with resamplings, or read from a table with intervals
+) -> dict[str, np.ndarray]:  # term -> (2, N, N); terms without an interval are left out
     "The ends of the intervals of the terms."
-    found = {t: affinity.interval(COLUMNS.get(t, t)) for t in affinity.terms}
-    return {t: ends for t, ends in found.items() if ends is not None}
+    found = {term: affinity.interval(COLUMNS.get(term, term)) for term in affinity.terms}
+    return {term: ends for term, ends in found.items() if ends is not None}
 
 # %% ../nbs/51_widgets.ipynb #2367b6c3
-def task_groups(affinity: Affinity,  # knows data set, site, modality and label of its tasks, unless it was made by hand
-                pool: Iterable[Task] | None = None,  # knows them too
-               ) -> dict:  # institution, modality, label -> N texts; empty where nothing is known
+def _described(affinity, pool) -> list[dict]:
+    "Data set, site, modality and label of each task, in the order of the affinity; empty where one is not known."
+    told = dict(affinity.parameters.get("tasks", {}))
+    for t in pool or ():
+        told[t.name] = {"dataset": t.dataset, "site": t.site, "modality": t.modality, "label": t.label}
+    if not set(affinity.names) <= set(told):
+        return []
+    return [told[name] for name in affinity.names]
+
+
+def task_groups(
+    affinity: Affinity,  # knows data set, site, modality and label of its tasks, unless it was made by hand
+    pool: Iterable[Task] | None = None,  # knows them too
+) -> dict[str, list[str]]:  # institution, modality, label -> N texts; empty where nothing is known
     "What each task belongs to, in the order of the affinity."
-    told = affinity.parameters.get("tasks", {}) | {t.name: {k: getattr(t, k) for k in ("dataset", "site", "modality", "label")} for t in pool or ()}
-    if not set(affinity.names) <= set(told): return {}
-    told = [told[n] for n in affinity.names]
-    return {"institution": [" ".join(dict.fromkeys(x for x in (t["dataset"], t["site"]) if x)) for t in told], "modality": [t["modality"] for t in told], "label": [t["label"] for t in told]}
+    told = _described(affinity, pool)
+    if not told:
+        return {}
+    institutions = [dict.fromkeys(part for part in (t["dataset"], t["site"]) if part) for t in told]
+    return {
+        "institution": [" ".join(parts) for parts in institutions],
+        "modality": [t["modality"] for t in told],
+        "label": [t["label"] for t in told],
+    }
 
-
-def task_communities(affinity: Affinity,  # distances between the tasks
-                     pool: Iterable[Task],  # the tasks
-                    ) -> list:  # N texts
+# %% ../nbs/51_widgets.ipynb #f7aa0882
+def task_communities(
+    affinity: Affinity,  # distances between the tasks
+    pool: Iterable[Task],  # the tasks
+) -> list[str]:  # N texts
     "The community of each task, in the order of the affinity."
-    parts = communities(source_graph(affinity, [t for t in pool if t.name in affinity.names]), min(9, max(1, len(affinity.names) // 2)))
-    number = {name: f"community {k}" for k, part in enumerate(parts, 1) for name in part}
-    return [number[n] for n in affinity.names]
+    tasks = [t for t in pool if t.name in affinity.names]
+    n = min(9, max(1, len(affinity.names) // 2))
+    number = {}
+    for k, names in enumerate(communities(source_graph(affinity, tasks), n), 1):
+        number |= dict.fromkeys(names, f"community {k}")
+    return [number[name] for name in affinity.names]
 
 # %% ../nbs/51_widgets.ipynb #b59f721e
-def _url(pixels, kind: str, **kwargs) -> str:
+def _data_url(pixels, kind: str, **kwargs) -> str:
     "An image as a `data:` address."
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, pixels, format=kind, **kwargs)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def thumbnail(volume: Volume,  # a case
-              most: int = 96,  # pixels along the longer side
-             ) -> dict:  # image, outline (data addresses), slice, extent (mm)
-    "The axial slice with the largest area of the label, left to right and back to front, and the outline of the label."
+def _turned(pixels, to) -> np.ndarray:
+    "A slice of left-right by back-front in so many pixels, as a picture with the front above."
+    zoom = [new / old for new, old in zip(to, pixels.shape)]
+    return np.flipud(ndimage.zoom(pixels, zoom, order=1, grid_mode=True, mode="nearest").T)
+
+
+def _rim(inside) -> np.ndarray:
+    "The outermost pixels of a mask in orange on nothing, as red, green, blue and opacity."
+    rim = np.zeros((*inside.shape, 4))
+    rim[inside & ~ndimage.binary_erosion(inside)] = 0.902, 0.624, 0, 1
+    return rim
+
+# %% ../nbs/51_widgets.ipynb #2002ed86
+def thumbnail(
+    volume: Volume,  # a case
+    most: int = 96,  # pixels along the longer side
+) -> dict[str, str | int]:  # image, outline (data addresses), slice, extent (mm)
+    "The axial slice with the largest area of the label, left to right and back to front, and the label's outline."
     k = int(volume.mask.sum((0, 1)).argmax()) if volume.mask.any() else volume.mask.shape[2] // 2
-    wide, high = (n * s for n, s in zip(volume.image.shape[:2], volume.spacing))
-    to = [max(1, round(x * most / max(wide, high))) for x in (wide, high)]
-    zoom = [a / b for a, b in zip(to, volume.image.shape)]
-    turned = lambda x: np.flipud(ndimage.zoom(x, zoom, order=1, grid_mode=True, mode="nearest").T)
+    wide, high = (n * mm for n, mm in zip(volume.image.shape[:2], volume.spacing))
+    to = [max(1, round(mm * most / max(wide, high))) for mm in (wide, high)]
     low, top = np.percentile(volume.image, [1, 99.5])
-    grey = np.clip((turned(volume.image[:, :, k]) - low) / max(top - low, 1e-9), 0, 1)
-    inside = turned(volume.mask[:, :, k].astype(np.float32)) > 0.5
-    rim = np.zeros((*inside.shape, 4)); rim[inside & ~ndimage.binary_erosion(inside)] = 0.902, 0.624, 0, 1
-    return {"image": _url(np.repeat(grey[..., None], 3, 2), "jpeg", pil_kwargs={"quality": 80}), "outline": _url(rim, "png"), "slice": k, "extent": f"{wide:.0f} x {high:.0f} mm"}
+    grey = np.clip((_turned(volume.image[:, :, k], to) - low) / max(top - low, 1e-9), 0, 1)
+    inside = _turned(volume.mask[:, :, k].astype(np.float32), to) > 0.5
+    return {
+        "image": _data_url(np.repeat(grey[..., None], 3, 2), "jpeg", pil_kwargs={"quality": 80}),
+        "outline": _data_url(_rim(inside), "png"),
+        "slice": k,
+        "extent": f"{wide:.0f} x {high:.0f} mm",
+    }
 
 # %% ../nbs/51_widgets.ipynb #84e6b008
-def histograms(volume: Volume,  # a case
-               bins: int = 32,  # between the 1st and the 99.5th percentile of the foreground
-              ) -> dict:  # inside, around: `bins` shares each, summing to 1; low, high: raw intensities of the ends
+def _shares(values, low, high, bins) -> list[float]:
+    "The share of some values in each of so many bins from `low` to `high`; what lies beyond counts at the ends."
+    counts, _ = np.histogram(np.clip(values, low, high), bins, (low, max(high, low + 1e-9)))
+    return np.round(counts / max(1, len(values)), 4).tolist()
+
+
+def histograms(
+    volume: Volume,  # a case
+    bins: int = 32,  # between the 1st and the 99.5th percentile of the foreground
+) -> dict[str, list[float] | float]:  # inside, around: `bins` shares each, summing to 1; low, high: raw ends
     "Raw intensities within the label, and in the rest of the foreground."
     tissue = foreground(volume.image)
-    low, high = (float(x) for x in np.percentile(volume.image[tissue if tissue.any() else ...], [1, 99.5]))
-    share = lambda where: np.histogram(np.clip(volume.image[where], low, high), bins, (low, max(high, low + 1e-9)))[0] / max(1, where.sum())
-    return {"inside": np.round(share(volume.mask), 4).tolist(), "around": np.round(share(tissue & ~volume.mask), 4).tolist(), "low": low, "high": high}
+    head = volume.image[tissue] if tissue.any() else volume.image
+    low, high = (float(x) for x in np.percentile(head, [1, 99.5]))
+    inside, around = volume.image[volume.mask], volume.image[tissue & ~volume.mask]
+    return {
+        "inside": _shares(inside, low, high, bins),
+        "around": _shares(around, low, high, bins),
+        "low": low,
+        "high": high,
+    }
 
-
-def look(task: Task,  # at one of its cases
-         patients: Iterable[str] = (),  # of whom the affinity knows; the first case of one of them, of any where there is none
-        ) -> dict:  # of `thumbnail` and `histograms`, and patient; or said: why it cannot be read
+# %% ../nbs/51_widgets.ipynb #1c8461db
+def look(
+    task: Task,  # at one of its cases
+    patients: Iterable[str] = (),  # of whom the affinity knows; the first case of any where it knows none
+) -> dict[str, object]:  # of `thumbnail` and `histograms`, and patient; or said: why it cannot be read
     "What is shown of a task; a file that cannot be read is said, not raised, since the rest can still be looked at."
-    case = next((c for c in task.cases if c.patient in set(patients)), task.cases[0])
-    try: volume = read_case(case)
-    except InputError as e: return {"said": str(e)}
+    known = set(patients)
+    case = next((c for c in task.cases if c.patient in known), task.cases[0])
+    try:
+        volume = read_case(case)
+    except InputError as e:
+        return {"said": str(e)}
     return {**thumbnail(volume), **histograms(volume), "patient": case.patient}
 
 # %% ../nbs/51_widgets.ipynb #450f45f1
 STRATEGIES = {"exact": "all tasks, the exact best", "landmarks": "landmarks of communities (paper)"}
 
 
-def answer(affinity: Affinity,  # as shown, under the weights that are asked for
-           pool: Iterable[Task] | None,  # for the landmarks
-           target: str,  # name
-           sources: int,  # along a path
-           strategy: str = "exact",  # of `STRATEGIES`
-           top: int = 6,  # how many paths
-          ) -> tuple:  # (paths, said): lists of the names of sources, the best first; a sentence where there is none
+class Answer(NamedTuple):
+    "What the widget answers to a question."
+
+    paths: list[list[str]]  # names of the sources, the best path first; none where there is no answer
+    said: str  # why there is none, in a sentence
+
+
+def _paths_by_landmarks(affinity, pool, target, sources, top):
+    "The best paths through landmarks of the communities of the pool, as in the paper."
+    tasks = [t for t in pool if t.name in affinity.names]
+    n = min(9, max(1, (len(tasks) - 1) // 2))
+    landmarks = landmark_communities(affinity, tasks, target, n)
+    return best_paths(affinity, target, sources, top, landmarks, allowed=edge_rule(tasks))
+
+# %% ../nbs/51_widgets.ipynb #21ae638f
+def answer(
+    affinity: Affinity,  # as shown, under the weights that are asked for
+    pool: Iterable[Task] | None,  # for the landmarks
+    target: str,  # name
+    sources: int,  # along a path
+    strategy: str = "exact",  # of `STRATEGIES`
+    top: int = 6,  # how many paths
+) -> Answer:  # the best paths first; a sentence where there is none
     "The best paths to a target, or why there is none."
+    if strategy != "exact" and pool is None:
+        return Answer([], "The landmarks are found in the graph of the pool: give the widget the pool.")
     try:
-        if strategy == "exact": found = best_paths(affinity, target, sources, top)
-        elif pool is None: return [], "The landmarks are found in the graph of the pool: give the widget the pool."
+        if strategy == "exact":
+            found = best_paths(affinity, target, sources, top)
         else:
-            some = [t for t in pool if t.name in affinity.names]
-            n = min(9, max(1, (len(some) - 1) // 2))
-            found = best_paths(affinity, target, sources, top, landmark_communities(affinity, some, target, n), allowed=edge_rule(some))
-    except InputError as e: return [], str(e)
-    return [list(p.sources) for p in found], "" if found else "There is no such path."
+            found = _paths_by_landmarks(affinity, pool, target, sources, top)
+    except InputError as e:
+        return Answer([], str(e))
+    return Answer([list(path.sources) for path in found], "" if found else "There is no such path.")
+
+# %% ../nbs/51_widgets.ipynb #0d276f5f
+def _synced(trait: traitlets.TraitType) -> traitlets.TraitType:
+    "A trait that Python and the browser share."
+    return trait.tag(sync=True)
+
+
+class _State(anywidget.AnyWidget):
+    "What Python and the browser share."
+
+    _esm = Path(str(files("seqtransfer") / "static" / "explorer.js"))
+    _about = _synced(traitlets.Dict())
+    _terms = _synced(traitlets.Bytes())
+    _bounds = _synced(traitlets.Bytes())
+    _answer = _synced(traitlets.Dict())
+    _detail = _synced(traitlets.Dict())
+    _communities = _synced(traitlets.List())
+    target = _synced(traitlets.Unicode(help="name of the target"))
+    sources = _synced(traitlets.Int(2, min=1, help="number of sources along the path"))
+    strategy = _synced(traitlets.Enum(list(STRATEGIES), "exact", help="how paths are searched"))
+    weights = _synced(traitlets.Dict(help="term -> its weight, as in `Affinity.weights`"))
+    path = _synced(
+        traitlets.List(traitlets.Unicode(), help="names of the sources in order; empty where there is none")
+    )
+    runners_up = _synced(traitlets.List(traitlets.List(traitlets.Unicode()), help="the next best, as lists of names"))
+    group = _synced(traitlets.Unicode("none", help="what rows and columns are grouped by"))
+    order = _synced(
+        traitlets.Enum(["name", "distance"], "name", help="within a group: by name, or by distance to the target")
+    )
+    pair = _synced(traitlets.List(traitlets.Unicode(), help="source and target of the cell that was clicked"))
 
 # %% ../nbs/51_widgets.ipynb #24940c7e
-def _checked_weights(weights, terms) -> dict:
+def _checked_weights(weights, terms) -> dict[str, float]:
     "Weights in the order of the terms, 0 where none is given."
-    for t, w in dict(weights).items():
-        if t not in terms: raise InputError(f"The affinity has no term {t!r}: its terms are {', '.join(terms)}.")
-        if not isinstance(w, (int, float)) or not 0 <= w < np.inf: raise InputError(f"The weight of {t} is {w!r}: give a number that is not negative.")
-    return {t: float(dict(weights).get(t, 0.0)) for t in terms}
+    weights = dict(weights)
+    for term, w in weights.items():
+        if term not in terms:
+            raise InputError(f"The affinity has no term {term!r}: its terms are {', '.join(terms)}.")
+        if not isinstance(w, (int, float)) or not 0 <= w < np.inf:
+            raise InputError(f"The weight of {term} is {w!r}: give a number that is not negative.")
+    return {term: float(weights.get(term, 0.0)) for term in terms}
 
 
 def _known(name, names) -> str:
-    if name not in names: raise InputError(f"The affinity holds no task {name!r}: choose one of its {len(names)} names, such as {', '.join(nearest(str(name), names) or list(names)[:3])}.")
-    return name
+    "The name, if it is one of these names; raises `InputError` if not."
+    if name in names:
+        return name
+    such = ", ".join(nearest(str(name), names) or list(names)[:3])
+    raise InputError(f"The affinity holds no task {name!r}: choose one of its {len(names)} names, such as {such}.")
 
-# %% ../nbs/51_widgets.ipynb #0d276f5f
-class _State(anywidget.AnyWidget):
-    "What Python and the browser share."
-    _esm = Path(str(files("seqtransfer") / "static" / "explorer.js"))
-    _about = traitlets.Dict().tag(sync=True)
-    _terms, _bounds = traitlets.Bytes().tag(sync=True), traitlets.Bytes().tag(sync=True)
-    _answer, _detail, _communities = traitlets.Dict().tag(sync=True), traitlets.Dict().tag(sync=True), traitlets.List().tag(sync=True)
-    target = traitlets.Unicode(help="name of the target").tag(sync=True)
-    sources = traitlets.Int(2, min=1, help="number of sources along the path").tag(sync=True)
-    strategy = traitlets.Enum(list(STRATEGIES), "exact", help="how paths are searched").tag(sync=True)
-    weights = traitlets.Dict(help="term -> weight of the term as it stands, as in `Affinity.weights`").tag(sync=True)
-    path = traitlets.List(traitlets.Unicode(), help="names of the sources, the first to be trained on first; empty where there is none").tag(sync=True)
-    runners_up = traitlets.List(traitlets.List(traitlets.Unicode()), help="the next best, as lists of names").tag(sync=True)
-    group = traitlets.Unicode("none", help="what rows and columns are grouped by").tag(sync=True)
-    order = traitlets.Enum(["name", "distance"], "name", help="within a group: by name, or by distance to the target").tag(sync=True)
-    pair = traitlets.List(traitlets.Unicode(), help="source and target of the cell that was clicked").tag(sync=True)
+# %% ../nbs/51_widgets.ipynb #e788a9f0
+class _CheckedState(_State):
+    "The state, in which only what can be meant is accepted."
 
     @traitlets.validate("target")
-    def _target(self, proposal): return _known(proposal.value, self._about["names"])
+    def _target(self, proposal):
+        return _known(proposal.value, self._about["names"])
 
     @traitlets.validate("weights")
-    def _weights(self, proposal): return _checked_weights(proposal.value, self._about["terms"])
+    def _weights(self, proposal):
+        return _checked_weights(proposal.value, self._about["terms"])
 
     @traitlets.validate("group")
     def _group(self, proposal):
-        if proposal.value not in self._about["groups"]: raise InputError(f"Tasks cannot be grouped by {proposal.value!r} here: choose one of {', '.join(self._about['groups'])}.")
+        groups = self._about["groups"]
+        if proposal.value not in groups:
+            raise InputError(f"Tasks cannot be grouped by {proposal.value!r} here: choose one of {', '.join(groups)}.")
         return proposal.value
 
     @traitlets.validate("path", "pair")
     def _names(self, proposal):
-        names = [_known(n, self._about["names"]) for n in proposal.value]
-        if len(set(names)) < len(names): raise InputError(f"{' -> '.join(names)} meets one task twice: give each task once.")
+        names = [_known(name, self._about["names"]) for name in proposal.value]
+        if len(set(names)) < len(names):
+            raise InputError(f"{' -> '.join(names)} meets one task twice: give each task once.")
         return names
 
+# %% ../nbs/51_widgets.ipynb #14e405f7
+def _colours() -> str:
+    "The 256 colours of the matrix, dark for close, as hexadecimal digits."
+    red_green_blue = matplotlib.colormaps["cividis"](np.linspace(0, 1, 256))[:, :3]
+    return "".join(f"{round(part * 255):02x}" for part in red_green_blue.ravel())
+
+
+def _what_stays(affinity, pool) -> dict[str, object]:
+    "What the browser is told once."
+    groups = task_groups(affinity, pool)
+    by_graph = [] if pool is None else ["community"]
+    return {
+        "names": list(affinity.names),
+        "terms": list(affinity.terms),
+        "scales": scales(affinity.terms),
+        "groups": ["none", *groups, *by_graph],
+        "groups_of": groups,
+        "strategies": list(STRATEGIES.items()),
+        "colours": _colours(),
+        "kernel": True,
+        "pool": pool is not None,
+    }
+
+# %% ../nbs/51_widgets.ipynb #364416e1
+def _picture_of(affinity, pool, name) -> dict[str, object]:
+    "What is shown of a task, by the patients that the affinity knows of it."
+    if name not in pool:
+        return {"said": "The pool does not hold this task."}
+    told = affinity.parameters.get("tasks", {}).get(name, {})
+    return look(pool[name], told.get("patients", ()))
+
+
+def _pair_bounds(affinity, weights, source, target) -> dict[str, list[float | None]]:
+    "Low and high of each term between two tasks, and of the distance if the weights are the affinity's; None for NaN."
+    ends = term_bounds(affinity)
+    whole = affinity.interval()
+    if whole is not None and weights == _checked_weights(affinity.weights, affinity.terms):
+        ends["Distance"] = whole
+    i, j = affinity.names.index(source), affinity.names.index(target)
+    found = {}
+    for term, (low, high) in ends.items():
+        found[term] = [None if np.isnan(x) else float(x) for x in (low[i, j], high[i, j])]
+    return found
+
+# %% ../nbs/51_widgets.ipynb #cd634aa4
+class _Answering(_CheckedState):
+    "The state, in which the path follows target, number of sources, strategy and weights."
+
+    def __init__(self, affinity, pool):
+        self.affinity = affinity
+        self.pool = None if pool is None else {t.name: t for t in pool}
+        self._shown = as_shown(affinity)
+        self._looks = {}
+        tasks = None if pool is None else list(self.pool.values())
+        super().__init__(_about=_what_stays(affinity, tasks), _terms=packed(affinity.terms.values()))
+
+    @traitlets.observe("target", "sources", "strategy", "weights")
+    def _answer_question(self, change):
+        asked = [self.target, self.sources, self.strategy, self.weights]
+        if self._answer.get("asked") == asked or not self.target:
+            return
+        tasks = self.pool and list(self.pool.values())
+        paths, said = answer(self._shown.weighted(self.weights), tasks, *asked[:3])
+        with self.hold_sync():
+            self._answer = {"asked": asked, "paths": paths, "said": said}
+            self.path = paths[0] if paths else []
+            self.runners_up = paths[1:]
+
+# %% ../nbs/51_widgets.ipynb #fe98fece
+class _Looking(_Answering):
+    "The state, in which pictures and communities follow the pair and the groups."
+
+    @traitlets.observe("pair")
+    def _show_pair(self, change):
+        if len(self.pair) != 2:
+            return
+        for name in self.pair if self.pool else ():
+            if name not in self._looks:
+                self._looks[name] = _picture_of(self.affinity, self.pool, name)
+        bounds = _pair_bounds(self.affinity, self.weights, *self.pair)
+        tasks = {name: self._looks[name] for name in self.pair if name in self._looks}
+        self._detail = {"pair": self.pair, "bounds": bounds, "tasks": tasks}
+
+    @traitlets.observe("group")
+    def _find_communities(self, change):
+        if self.group == "community" and not self._communities:
+            self._communities = task_communities(self.affinity, list(self.pool.values()))
+
 # %% ../nbs/51_widgets.ipynb #ac2ae2f7
-class AffinityExplorer(_State):
+class AffinityExplorer(_Looking):
     "The matrix of an affinity, its weights, and the paths that follow from them, to be looked at and moved."
 
-    def __init__(self, affinity: Affinity,  # distances between the tasks
-                 pool: Iterable[Task] | None = None,  # the tasks; without them there are no pictures, communities and landmarks
-                 target: str | None = None,  # name; the last task when None, which is where `affinity(pool, target=...)` puts it
-                 **state):  # any other of the traits: sources, strategy, weights, group, order
+    def __init__(
+        self,
+        affinity: Affinity,  # distances between the tasks, lower is closer
+        pool: Iterable[Task] | None = None,  # the tasks; without them no pictures, communities and landmarks
+        target: str | None = None,  # name; the last task when None, where `affinity(pool, target=...)` puts it
+        **state,
+    ):  # any other of the traits: sources, strategy, weights, group, order
         "Raises `InputError` for what cannot be meant."
-        self.affinity, self.pool, self._shown, self._looks = affinity, None if pool is None else {t.name: t for t in pool}, as_shown(affinity), {}
-        groups = task_groups(affinity, None if pool is None else list(self.pool.values()))
-        colours = "".join(f"{round(c * 255):02x}" for row in matplotlib.colormaps["cividis"](np.linspace(0, 1, 256))[:, :3] for c in row)
-        about = {"names": list(affinity.names), "terms": list(affinity.terms), "scales": scales(affinity.terms), "groups": ["none", *groups, *(["community"] if pool is not None else [])], "groups_of": groups,
-                 "strategies": list(STRATEGIES.items()), "colours": colours, "kernel": True, "pool": pool is not None}
-        super().__init__(_about=about, _terms=packed(affinity.terms.values()))
-        self.observe(lambda change: self._ask(), ["target", "sources", "strategy", "weights"])
-        self.observe(lambda change: self._look(), "pair")
-        self.observe(lambda change: self._group_by(), "group")
+        super().__init__(affinity, pool)
+        start = {"weights": affinity.weights, "target": target or affinity.names[-1]}
+        start["sources"] = min(2, len(affinity.names) - 1)
         with self.hold_trait_notifications():
-            for k, v in {"weights": affinity.weights, "target": target or affinity.names[-1], "sources": min(2, len(affinity.names) - 1), **state}.items(): setattr(self, k, v)
-
-# %% ../nbs/51_widgets.ipynb #631e9491
-def _ask(self):
-    "Answers the question that the state is now."
-    asked = [self.target, self.sources, self.strategy, self.weights]
-    if self._answer.get("asked") == asked or not self.target: return
-    paths, said = answer(self._shown.weighted(self.weights), self.pool and list(self.pool.values()), *asked[:3])
-    with self.hold_sync():
-        self._answer = {"asked": asked, "paths": paths, "said": said}
-        self.path, self.runners_up = paths[0] if paths else [], paths[1:]
-
-
-def _group_by(self):
-    "Finds the communities when rows are to be grouped by them for the first time."
-    if self.group == "community" and not self._communities: self._communities = task_communities(self.affinity, list(self.pool.values()))
-
-
-def _seen(self, name: str) -> dict:
-    if name not in self.pool: return {"said": "The pool does not hold this task."}
-    return look(self.pool[name], self.affinity.parameters.get("tasks", {}).get(name, {}).get("patients", ()))
-
-
-def _look(self):
-    "Reads what is to be shown of the pair, and its intervals under the weights of the affinity."
-    if len(self.pair) != 2: return
-    i, j = map(self.affinity.names.index, self.pair)
-    ends = term_bounds(self.affinity)
-    if self.weights == _checked_weights(self.affinity.weights, self.affinity.terms) and (whole := self.affinity.interval()) is not None: ends["Distance"] = whole
-    for name in self.pair if self.pool else ():
-        if name not in self._looks: self._looks[name] = _seen(self, name)
-    self._detail = {"pair": self.pair, "bounds": {t: [None if np.isnan(x) else float(x) for x in e[:, i, j]] for t, e in ends.items()}, "tasks": {n: self._looks[n] for n in self.pair if n in self._looks}}
-
-
-AffinityExplorer._ask, AffinityExplorer._group_by, AffinityExplorer._look = _ask, _group_by, _look
+            for name, value in {**start, **state}.items():
+                setattr(self, name, value)
 
 # %% ../nbs/51_widgets.ipynb #eb4a0322
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>$title</title>
-<style>body { margin: 0; } @media (prefers-color-scheme: dark) { body { background: #161616; } }</style></head>
-<body><main id="explorer"></main><script type="application/json" id="state">$state</script><script type="application/json" id="code">$code</script>
-<script type="module">
-const read = id => JSON.parse(document.getElementById(id).textContent);
-const { default: widget, standIn } = await import(URL.createObjectURL(new Blob([read("code")], { type: "text/javascript" })));
-window.model = standIn(read("state"));
-widget.render({ model: window.model, el: document.getElementById("explorer") });
-</script></body></html>
-""")
+_PAGE = Template(
+    "<!doctype html>\n"
+    '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    '<meta name="color-scheme" content="light dark"><title>$title</title>\n'
+    "<style>body { margin: 0; } @media (prefers-color-scheme: dark) { body { background: #161616; } }</style></head>\n"
+    '<body><main id="explorer"></main><script type="application/json" id="state">$state</script>'
+    '<script type="application/json" id="code">$code</script>\n'
+    '<script type="module">\n'
+    "const read = id => JSON.parse(document.getElementById(id).textContent);\n"
+    "const { default: widget, standIn } = await import("
+    'URL.createObjectURL(new Blob([read("code")], { type: "text/javascript" })));\n'
+    'window.model = standIn(read("state"));\n'
+    'widget.render({ model: window.model, el: document.getElementById("explorer") });\n'
+    "</script></body></html>\n"
+)
 
 
 def _json(value) -> str:
-    "JSON that may stand within a script of a page: no name of a task can end it."
+    "JSON for the inside of a script of a page: no text in it can end the script."
     return json.dumps(value).replace("<", "\\u003c")
 
+# %% ../nbs/51_widgets.ipynb #c2ebfde0
+_KEPT = ("target", "sources", "strategy", "weights", "path", "runners_up", "group", "order", "pair", "_communities")
+
+
+def _packed_bounds(affinity) -> bytes:
+    "The ends of all terms as the browser reads them, NaN for a term without an interval; nothing without any."
+    ends = term_bounds(affinity)
+    n = len(affinity.names)
+    none = np.full((2, n, n), np.nan, np.float32)
+    return packed(d for term in affinity.terms for d in ends.get(term, none)) if ends else b""
+
+
+def _page_state(w, pictures: bool) -> dict[str, object]:
+    "What the page is given: the state of the widget, and what a kernel would tell."
+    shown = {}
+    if pictures and w.pool:
+        names = [name for name in w.affinity.names if name in w.pool]
+        shown = {name: _picture_of(w.affinity, w.pool, name) for name in progress(names, "pictures")}
+    groups = [group for group in w._about["groups"] if group != "community" or w._communities]
+    about = {**w._about, "groups": groups, "kernel": False, "pictures": shown}
+    terms = base64.b64encode(w._terms).decode()
+    bounds = base64.b64encode(_packed_bounds(w.affinity)).decode()
+    return {name: getattr(w, name) for name in _KEPT} | {"_about": about, "_terms": terms, "_bounds": bounds}
+
 # %% ../nbs/51_widgets.ipynb #9f4312c8
-def _html(self, title: str, pictures: bool) -> str:
+def _html(w, title: str, pictures: bool) -> str:
     "The page as text."
-    shown = {n: _seen(self, n) for n in progress([n for n in self.affinity.names if n in self.pool], "pictures")} if pictures and self.pool else {}
-    ends = term_bounds(self.affinity)
-    none = np.full((2, *2 * (len(self.affinity.names),)), np.nan, np.float32)
-    bounds = packed(m for t in self.affinity.terms for m in ends.get(t, none)) if ends else b""
-    names = ("target", "sources", "strategy", "weights", "path", "runners_up", "group", "order", "pair", "_communities")
-    state = {n: getattr(self, n) for n in names} | {"_about": {**self._about, "groups": [g for g in self._about["groups"] if g != "community" or self._communities], "kernel": False, "pictures": shown}, "_terms": base64.b64encode(self._terms).decode(), "_bounds": base64.b64encode(bounds).decode()}
     code = (files("seqtransfer") / "static" / "explorer.js").read_text(encoding="utf-8")
-    return _PAGE.substitute(title=escape(title), state=_json(state), code=_json(code))
+    return _PAGE.substitute(title=escape(title), state=_json(_page_state(w, pictures)), code=_json(code))
 
 
 @patch
-def save_html(self: AffinityExplorer, path: Path | str,  # file to write
-              title: str = "Affinity of segmentation tasks",  # of the page
-              pictures: bool = True,  # with a slice of each task; needs the pool
-             ) -> Path:  # that file
-    "Writes the widget as it stands into one page that needs neither Python nor a network."
-    with replacing(path) as part: part.write_text(_html(self, title, pictures), encoding="utf-8")
+def save_html(
+    self: AffinityExplorer,
+    path: Path | str,  # file to write
+    title: str = "Affinity of segmentation tasks",  # of the page
+    pictures: bool = True,  # with a slice of each task; needs the pool
+) -> Path:  # that file
+    "Writes the widget as it is now into one page that needs neither Python nor a network."
+    with replacing(path) as part:
+        part.write_text(_html(self, title, pictures), encoding="utf-8")
     return Path(path)
 
-
+# %% ../nbs/51_widgets.ipynb #b6135e8f
 @patch
-def embedded(self: AffinityExplorer, height: int = 720,  # pixels
-              pictures: bool = True,  # with a slice of each task; needs the pool
-             ) -> HTML:  # for the end of a cell
+def embedded(
+    self: AffinityExplorer,
+    height: int = 720,  # pixels
+    pictures: bool = True,  # with a slice of each task; needs the pool
+) -> HTML:  # for the end of a cell
     "The page within a page, for notebooks that are read where no kernel is."
-    return HTML(f'<div><iframe srcdoc="{escape(_html(self, "Affinity", pictures))}" title="the affinity as a matrix to be moved" style="width: 100%; height: {height}px; border: 0"></iframe></div>')
+    page = escape(_html(self, "Affinity", pictures))
+    style = f"width: 100%; height: {height}px; border: 0"
+    title = "the affinity as a matrix to be moved"
+    return HTML(f'<div><iframe srcdoc="{page}" title="{title}" style="{style}"></iframe></div>')

@@ -14,9 +14,10 @@ from seqtransfer.engine import cores, local_cluster, run_grid
 from seqtransfer.grid import Grid, open_grid, plan_grid
 from seqtransfer.jobs import do_job
 from seqtransfer.notebooks import stop_kernels
-from seqtransfer.tasks import protocol
+from seqtransfer.protocol import protocol
 from seqtransfer.training import machine
-from seqtransfer.transfer import Recipe, recipe_plan, run_arm
+from seqtransfer.study import Recipe
+from seqtransfer.transfer import recipe_plan, run_arm
 from seqtransfer.zoo import write_zoo
 
 RECIPE, SEEDS, ROWS = Recipe(source_steps=100, target_steps=50), tuple(range(6)), []

@@ -15,7 +15,8 @@ from seqtransfer import calibration
 from seqtransfer.affinity import Affinity
 from seqtransfer.calibration import Calibration, agreement, calibrate, costs, rank_correlations, regret, resampled_correlations, transfers, unit_of
 from seqtransfer.core import InputError
-from seqtransfer.paths import TransferPath, path_cost
+from seqtransfer.paths import TransferPath
+from seqtransfer.search import path_cost
 
 LEFT_OUT, GIVEN = "calibrated, target left out", "weights as given"
 

@@ -27,10 +27,12 @@ from seqtransfer import cli, engine
 from seqtransfer.core import InputError
 from seqtransfer.datasets import read_pool
 from seqtransfer.grid import open_grid, plan_grid, read_grid
-from seqtransfer.jobs import at_work, job_done, read_plan, status
+from seqtransfer.folders import read_plan
+from seqtransfer.jobs import at_work, job_done, status
 from seqtransfer.notebooks import _own_kernel, execute, read_result
 from seqtransfer.training import machine
-from seqtransfer.transfer import Recipe, compare
+from seqtransfer.study import Recipe
+from seqtransfer.transfer import compare
 
 TARGET, A, B, C = "TumourB-FLAIR-ED", "TumourA-FLAIR-ED", "LesionA-FLAIR-WMH", "LesionB-FLAIR-WMH"
 GRID = {"targets": [TARGET], "among": [A, B, C], "paths": [[A, B], [A, C], [C, B]], "arms": ["scratch", "direct-choice", "sequential"], "shots": 2,

@@ -12,8 +12,10 @@ from seqtransfer import cli
 from seqtransfer.core import InputError
 from seqtransfer.datasets import read_pool
 from seqtransfer.grid import Grid, Question, arm_runs, duration, jobs_of, read_grid, with_times
-from seqtransfer.tasks import protocol
-from seqtransfer.transfer import ARMS, Recipe, recipe_plan
+from seqtransfer.protocol import protocol
+from seqtransfer.arms import ARMS
+from seqtransfer.study import Recipe
+from seqtransfer.transfer import recipe_plan
 
 TARGETS, SOURCES = ("TumourB-FLAIR-ED", "LesionC-FLAIR-WMH"), ("TumourA-FLAIR-ED", "LesionA-FLAIR-WMH", "LesionB-FLAIR-WMH", "TumourB-T2-ED")
 WHERE = "cpu, 1 thread"

@@ -68,7 +68,8 @@ def test_a_reader(package):
         from pathlib import Path
         import nibabel as nib, numpy as np
         from seqtransfer.core import InputError
-        from seqtransfer.datasets import read_pool, validate
+        from seqtransfer.datasets import read_pool
+        from seqtransfer.validation import validate
         for i in range(3):
             folder = Path("data/ward") / f"p{i}"; folder.mkdir(parents=True)
             voxels = np.random.default_rng(i).normal(100, 10, (12, 12, 12)).astype("f4")
@@ -110,7 +111,10 @@ def test_a_network_and_an_arm(package):
         import torch
         from seqtransfer.networks import Plan, build_network, load_network, parts, save_network
         from seqtransfer.plots import ARM_COLOURS
-        from seqtransfer.transfer import ARMS, Recipe, arm_files, arm_path, arm_sources, compare
+        from seqtransfer.arms import ARMS, arm_path, arm_sources
+        from seqtransfer.results import arm_files
+        from seqtransfer.study import Recipe
+        from seqtransfer.transfer import compare
         from seqtransfer.zoo import demo_zoo
         plan = Plan((5.0,) * 3, (16,) * 3, network="resunet")
         part, net = parts(build_network(plan, 0)), build_network(plan, 0)

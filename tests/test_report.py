@@ -18,7 +18,10 @@ from seqtransfer import cli
 from seqtransfer.datasets import read_pool
 from seqtransfer.runs import PUBLIC, best_arm, report
 from seqtransfer.networks import load_network, parts
-from seqtransfer.transfer import ARMS, Recipe, compare, read_results
+from seqtransfer.arms import ARMS
+from seqtransfer.results import read_results
+from seqtransfer.study import Recipe
+from seqtransfer.transfer import compare
 
 TARGET = "LesionB-FLAIR-WMH"
 ARGS = ("--target", TARGET, "--shots", "2", "--steps", "40", "--target-steps", "10", "--arms", "scratch,direct-choice,sequential")

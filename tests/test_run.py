@@ -15,9 +15,9 @@ from conftest import COMMAND, ROOT, seqtransfer
 
 from seqtransfer.notebooks import read_result
 from seqtransfer.runs import best_arm
-from seqtransfer.tasks import protocol
+from seqtransfer.protocol import protocol
 from seqtransfer.datasets import read_pool
-from seqtransfer.transfer import read_results
+from seqtransfer.results import read_results
 
 ARGS = ("--target", "TumourB-FLAIR-ED", "--shots", "2", "--steps", "60", "--target-steps", "20", "--arms", "scratch,direct-choice,sequential")
 

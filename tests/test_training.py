@@ -19,7 +19,8 @@ from seqtransfer.evaluation import evaluate
 from seqtransfer.networks import NETWORKS, Plan, build_network, device, load_network, plan_for, prepare, read_about
 from seqtransfer.tasks import read_case, read_task
 from seqtransfer.training import Pretrained, Stage, patch_transform, prepare_task, run_stage
-from seqtransfer.transfer import Recipe, compare
+from seqtransfer.study import Recipe
+from seqtransfer.transfer import compare
 
 PLAN = Plan((1.0, 1.0, 1.0), (5, 5, 5))
 

@@ -11,7 +11,9 @@ from joblib import Parallel, delayed
 
 from seqtransfer.core import code_digest, digest, read_json, write_json
 from seqtransfer.datasets import read_pool
-from seqtransfer.transfer import ARMS, Recipe, compare
+from seqtransfer.arms import ARMS
+from seqtransfer.study import Recipe
+from seqtransfer.transfer import compare
 from seqtransfer.zoo import write_zoo
 
 TARGET, SEEDS, RECIPE = "LesionC-FLAIR-WMH", (0, 1, 2), Recipe(source_steps=300, target_steps=100)

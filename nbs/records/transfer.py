@@ -12,7 +12,7 @@ from seqtransfer.core import code_digest, progress, read_json, write_json
 from seqtransfer.datasets import read_pool
 from seqtransfer.evaluation import evaluate
 from seqtransfer.networks import Plan, load_network
-from seqtransfer.tasks import protocol
+from seqtransfer.protocol import protocol
 from seqtransfer.training import Stage, run_stage
 from seqtransfer.zoo import write_zoo
 
