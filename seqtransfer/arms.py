@@ -10,7 +10,7 @@ __all__ = ['Chain', 'TABLE', 'ARMS', 'ORACLE', 'Hop', 'in_turn', 'last_hop', 'mi
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .core import InputError
+from .core import InputError, nearest
 
 # %% ../nbs/40_arms.ipynb #4ca017f0
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ def find_arm(
     if name == ORACLE:
         raise InputError(f"{ORACLE} is no arm: ask for direct-each, of whose runs the results show the best.")
     if name not in TABLE:
-        raise InputError(f"There is no arm {name!r}: the arms are {', '.join(ARMS)}.")
+        close = nearest(name, ARMS, 1)
+        hint = f"did you mean {close[0]}? The" if close else "the"
+        raise InputError(f"There is no arm {name!r}: {hint} arms are {', '.join(ARMS)}.")
     return TABLE[name]
 
 

@@ -355,22 +355,19 @@ def _search(
     answer = known(folder, names)
     if answer:
         return _Searched({folder: answer}, [])
-    found, above = _Searched({}, []), (*above, folder.resolve())
-    for sub in [folder / name for name in _folders(names)] if depth else []:
+    found = _Searched({}, [])
+    above = (*above, folder.resolve())
+    subfolders = [folder / name for name in _folders(names)] if depth else []
+    for sub in subfolders:
         if sub.resolve() in above:
             continue
-        below = _search_if_open(sub, known, depth - 1, above)
+        try:
+            below = _search(sub, known, depth - 1, above)
+        except PermissionError:  # a disk's lost+found
+            below = _Searched({}, [])
         found.data_sets.update(below.data_sets)
         found.without.extend(below.without if below.data_sets else [sub])
     return found
-
-
-def _search_if_open(folder: Path, *how) -> _Searched:
-    "As `_search`; nothing in a folder that may not be opened, such as a disk's `lost+found`."
-    try:
-        return _search(folder, *how)
-    except PermissionError:
-        return _Searched({}, [])
 
 # %% ../nbs/01_datasets.ipynb #c0b362ff
 def _read(
@@ -473,8 +470,8 @@ def _partition(file: Path) -> dict[str, int]:
             raise row.wrong(f"{subject} is in institution {site} and in {text}", "keep one of the two rows")
     return out
 
-# %% ../nbs/01_datasets.ipynb #fbb542be
-def _once(folder: Path, names: list[str], why: str) -> list[tuple[Path, str]]:
+# %% ../nbs/01_datasets.ipynb #cb17205e
+def _as_one(folder: Path, names: list[str], why: str) -> list[tuple[Path, str]]:
     "One line for all that is passed over for the same reason; none where there is nothing."
     if not names:
         return []
@@ -482,7 +479,7 @@ def _once(folder: Path, names: list[str], why: str) -> list[tuple[Path, str]]:
     also = f", as are {len(others)} other subjects: {few(others)}" if others else ""
     return [(folder / first, why + also)]
 
-# %% ../nbs/01_datasets.ipynb #593bb386
+# %% ../nbs/01_datasets.ipynb #273b8a79
 def _fets_skipped(
     folder: Path,
     partition: str,  # name of the table
@@ -499,8 +496,8 @@ def _fets_skipped(
     others = [name for name in _folders(names) if name not in subjects]
     return [
         *([(folder, lost)] if away else []),
-        *_once(folder, unknown, f"not in {partition}"),
-        *_once(folder, unlabelled, "unlabelled, of institution -1"),
+        *_as_one(folder, unknown, f"not in {partition}"),
+        *_as_one(folder, unlabelled, "unlabelled, of institution -1"),
         *((folder / name, "no subject of FeTS 2022") for name in others),
     ]
 
@@ -627,8 +624,10 @@ def _site_folders(base: Path, names: dict[str, bool]) -> list[Path]:
     "The folders that may be sites, in a folder with these entries."
     out = []
     for name in _folders(names):
-        inner = _folders(_entries(base / name)) if name == "Amsterdam" else None
-        out += [base / name] if inner is None else [base / name / scanner for scanner in inner]
+        if name == "Amsterdam":
+            out += [base / name / scanner for scanner in _folders(_entries(base / name))]
+        else:
+            out.append(base / name)
     return out
 
 # %% ../nbs/01_datasets.ipynb #cb9d5a2f
@@ -674,8 +673,10 @@ def _wmh_subjects(at: _WmhSite) -> tuple[list[Path], list[Path]]:
     subjects, others = [], []
     for name in _folders(_entries(at.folder)):
         path = at.folder / name
-        is_subject = name.isdigit() or _WMH_SUBJECT & _entries(path).keys()
-        (subjects if is_subject else others).append(path)
+        if name.isdigit() or _WMH_SUBJECT & _entries(path).keys():
+            subjects.append(path)
+        else:
+            others.append(path)
     return subjects, others
 
 # %% ../nbs/01_datasets.ipynb #253311a8

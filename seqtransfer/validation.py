@@ -147,8 +147,8 @@ def _check_image(
     faults = _channel_faults(path, x.shape[3], declared) or _constant_faults(path, x, channels)
     return _ImageFound(opened, faults)
 
-# %% ../nbs/05_validation.ipynb #4169117e
-def _rounded(x: np.ndarray) -> np.ndarray:
+# %% ../nbs/05_validation.ipynb #63012539
+def _whole_values(x: np.ndarray) -> np.ndarray:
     "Values as whole numbers."
     return np.rint(x) if x.dtype.kind == "f" else x
 
@@ -160,7 +160,7 @@ def _odd_values(x: np.ndarray) -> np.ndarray:
 
 def _counts(x: np.ndarray) -> dict[int, int]:
     "{whole value: number of voxels}."
-    held, counts = np.unique(_rounded(x), return_counts=True)
+    held, counts = np.unique(_whole_values(x), return_counts=True)
     return {int(value): int(n) for value, n in zip(held, counts)}
 
 # %% ../nbs/05_validation.ipynb #b47adb62
