@@ -27,7 +27,7 @@ from monai.utils import convert_to_dst_type
 from . import __version__
 from .core import InputError, progress, replacing, writable, write_json
 from .evaluation import predict
-from .networks import Plan, load_network, network_arguments, read_about
+from .networks import NetworkPlan, load_network, network_arguments, read_about
 
 # %% ../nbs/36_deploy.ipynb #126fac16
 from seqtransfer.tasks import (
@@ -105,7 +105,7 @@ def _volume_of_file(path: Path) -> Volume:
 def predict_image(
     net: torch.nn.Module,  # B1HWD normalised intensities to B1HWD logits
     image: Path | str,  # file that nibabel reads, one modality
-    plan: Plan,  # the network's
+    plan: NetworkPlan,  # the network's
     description: str = "",  # for the header
 ) -> nib.Nifti1Image:  # the predicted mask on the file's own grid
     "The predicted mask of an image file; raises `InputError` when the file cannot be read."
@@ -260,7 +260,7 @@ def bundle_script() -> str:  # Python
     return "\n\n".join([head + _SCRIPT_IMPORTS, *functions])
 
 # %% ../nbs/36_deploy.ipynb #29910cdc
-def _step(name: str, keys: str, **arguments) -> dict[str, object]:
+def _monai_step(name: str, keys: str, **arguments) -> dict[str, object]:
     "A transform of MONAI with its arguments, as a configuration names it."
     return {"_target_": name, "keys": keys, **arguments}
 
@@ -270,33 +270,33 @@ def _script_step(name: str) -> dict[str, str]:
     return {"_target_": f"scripts.preparation.{name}", "_mode_": "callable"}
 
 
-def _preparation() -> list[dict]:
+def _preprocessing() -> list[dict]:
     "From a file to what the network sees, as `prepare`."
     resampled = "$lambda x: x if numpy.allclose(x.pixdim, @spacing, rtol=0.02) else @resample(x)"
     return [
-        _step("LoadImaged", "image", reader="NibabelReader", squeeze_non_spatial_dims=True),
-        _step("EnsureChannelFirstd", "image"),
-        _step("CopyItemsd", "image", names="given"),
-        _step("Orientationd", "image", axcodes="RAS", labels=[["L", "R"], ["P", "A"], ["I", "S"]]),
-        _step("CopyItemsd", "image", names="tissue"),
-        _step("Lambdad", "tissue", func=_script_step("tissue"), track_meta=False),
-        _step("Lambdad", "image", func=_script_step("normalised"), track_meta=False),
-        _step("CropForegroundd", "image", source_key="tissue", allow_smaller=True),
-        _step("Lambdad", "image", func=resampled, track_meta=False),
+        _monai_step("LoadImaged", "image", reader="NibabelReader", squeeze_non_spatial_dims=True),
+        _monai_step("EnsureChannelFirstd", "image"),
+        _monai_step("CopyItemsd", "image", names="given"),
+        _monai_step("Orientationd", "image", axcodes="RAS", labels=[["L", "R"], ["P", "A"], ["I", "S"]]),
+        _monai_step("CopyItemsd", "image", names="tissue"),
+        _monai_step("Lambdad", "tissue", func=_script_step("tissue"), track_meta=False),
+        _monai_step("Lambdad", "image", func=_script_step("normalised"), track_meta=False),
+        _monai_step("CropForegroundd", "image", source_key="tissue", allow_smaller=True),
+        _monai_step("Lambdad", "image", func=resampled, track_meta=False),
     ]
 
-# %% ../nbs/36_deploy.ipynb #ff6cd7e9
-def _finish(label: str) -> list[dict]:
+# %% ../nbs/36_deploy.ipynb #d5e3124b
+def _postprocessing(label: str) -> list[dict]:
     "From logits to a file, as `restore` and `predict`."
     file = {"output_dir": "@output_dir", "output_postfix": label, "output_dtype": "$numpy.uint8"}
     return [
-        _step("Activationsd", "pred", sigmoid=True),
-        _step("ResampleToMatchd", "pred", key_dst="given", mode="bilinear", padding_mode="zeros"),
-        _step("Lambdad", "pred", func="$lambda x: x > 0.5", track_meta=False),
-        _step("SaveImaged", "pred", **file, separate_folder=False, resample=False),
+        _monai_step("Activationsd", "pred", sigmoid=True),
+        _monai_step("ResampleToMatchd", "pred", key_dst="given", mode="bilinear", padding_mode="zeros"),
+        _monai_step("Lambdad", "pred", func="$lambda x: x > 0.5", track_meta=False),
+        _monai_step("SaveImaged", "pred", **file, separate_folder=False, resample=False),
     ]
 
-# %% ../nbs/36_deploy.ipynb #cf134aca
+# %% ../nbs/36_deploy.ipynb #958aeb61
 _IMPORTS = ("collections", "numpy", "pathlib", "torch")
 _IMAGES = (
     "$sorted(str(p) for p in pathlib.Path(@dataset_dir).iterdir() "
@@ -314,7 +314,7 @@ _RUN = (
 )
 
 
-def _folders() -> dict[str, object]:
+def _bundle_folders() -> dict[str, object]:
     "Where a bundle reads and writes, and on which device it computes."
     return {
         "imports": [*(f"$import {name}" for name in _IMPORTS), "$from safetensors.torch import load_file"],
@@ -327,23 +327,23 @@ def _folders() -> dict[str, object]:
 
 # %% ../nbs/36_deploy.ipynb #2d5dea97
 def inference_config(
-    plan: Plan,  # of the model
+    plan: NetworkPlan,  # of the model
     label: str,  # the end of the masks' names
 ) -> dict[str, object]:  # what `configs/inference.json` holds
     "A configuration by which `python -m monai.bundle run` predicts all images of a folder."
     name, arguments = network_arguments(plan)
     return {
-        **_folders(),
+        **_bundle_folders(),
         "spacing": list(plan.spacing),
         "patch": list(plan.patch),
         "network_def": {"_target_": name, **arguments},
         "weights": "$load_file(@bundle_root + '/models/model.safetensors')",
         "network": "$@network_def.to(@device).eval()",
         "resample": {"_target_": "Spacing", "pixdim": "@spacing", "mode": "bilinear", "padding_mode": "border"},
-        "preprocessing": {"_target_": "Compose", "transforms": _preparation()},
+        "preprocessing": {"_target_": "Compose", "transforms": _preprocessing()},
         "dataset": {"_target_": "Dataset", "data": "$[{'image': i} for i in @images]", "transform": "@preprocessing"},
         "inferer": {"_target_": "SlidingWindowInferer", **_WINDOWS},
-        "postprocessing": {"_target_": "Compose", "transforms": _finish(label)},
+        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(label)},
         "bfloat16": plan.precision == "bfloat16",
         "forward": _FORWARD,
         "predict": _PREDICT,
@@ -351,7 +351,7 @@ def inference_config(
     }
 
 # %% ../nbs/36_deploy.ipynb #0a81b7dd
-def _tensor(plan: Plan, channel: str, **about) -> dict[str, object]:
+def _tensor(plan: NetworkPlan, channel: str, **about) -> dict[str, object]:
     "What the metadata say of the image that goes in, or of the one that comes out."
     return {
         "type": "image",
@@ -365,7 +365,7 @@ def _tensor(plan: Plan, channel: str, **about) -> dict[str, object]:
     }
 
 
-def _data_format(plan: Plan, modality: str, label: str) -> dict[str, dict]:
+def _data_format(plan: NetworkPlan, modality: str, label: str) -> dict[str, dict]:
     "What the metadata say of the network's input and output."
     image = _tensor(plan, modality, format="magnitude", modality="MR")
     return {"inputs": {"image": image}, "outputs": {"pred": _tensor(plan, label, format="segmentation")}}
@@ -388,7 +388,7 @@ def _versions() -> dict[str, object]:
     }
 
 # %% ../nbs/36_deploy.ipynb #1369ec23
-def _in_words(plan: Plan, task: str) -> str:
+def _in_words(plan: NetworkPlan, task: str) -> str:
     "A sentence about the model: network, last task, patch and spacing."
     network, _ = network_arguments(plan)
     patch, fine = "x".join(map(str, plan.patch)), " x ".join(f"{mm:g}" for mm in plan.spacing)
@@ -396,7 +396,7 @@ def _in_words(plan: Plan, task: str) -> str:
 
 # %% ../nbs/36_deploy.ipynb #2dfd8c80
 def bundle_metadata(
-    plan: Plan,  # of the model
+    plan: NetworkPlan,  # of the model
     about: dict,  # what the model says of itself: task, modality, label
 ) -> dict[str, object]:  # what `configs/metadata.json` holds
     "What a bundle says of its model."

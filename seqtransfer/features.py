@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .affinity import Affinity, sample
 from .core import InputError, nearest, progress, seed_for
-from .networks import Plan, device, load_network
+from .networks import NetworkPlan, device, load_network
 from .scores import SCORES, balanced_sample
 from .tasks import Task
 from .training import prepare_task
@@ -223,7 +223,7 @@ class _Candidates:
     patient: np.ndarray  # (M,) position among the task's patients
 
 
-def _candidates(task: Task, plan: Plan, air: bool, most: int = CANDIDATES) -> _Candidates:
+def _candidates(task: Task, plan: NetworkPlan, air: bool, most: int = CANDIDATES) -> _Candidates:
     "Reads a task; raises `InputError` for one without object or without background."
     data, chance, rows = prepare_task(task, plan), np.random.default_rng(0), []
     for i, (prepared, case) in enumerate(zip(data, task.cases)):
@@ -278,7 +278,7 @@ def _known_layer(net, layer: str | None) -> str:
 def features(
     net: torch.nn.Module,  # trained: B1HWD normalised intensities to B1HWD logits
     task: Task,  # whose voxels are looked at: the target's few-shot cases, `protocol(...).train`
-    plan: Plan,  # under which the network was trained
+    plan: NetworkPlan,  # under which the network was trained
     layer: str | None = None,  # name, as `layers` lists them; None: the input of the last convolution
     voxels: int = 1000,  # at most so many over all cases, classes balanced
     seed: int = 0,  # of the draw
@@ -308,7 +308,7 @@ def _as_source_model(value) -> SourceModel:
     return value if isinstance(value, SourceModel) else SourceModel(value)
 
 
-def _network_of(model: SourceModel, plan: Plan) -> torch.nn.Module:
+def _network_of(model: SourceModel, plan: NetworkPlan) -> torch.nn.Module:
     "The model's network on the device, read where it is given as a path."
     net = model.net if isinstance(model.net, torch.nn.Module) else load_network(model.net, plan)
     return net.to(device())
@@ -325,7 +325,7 @@ class _Scoring:
     "Which score, and how voxels are drawn for it."
 
     name: str
-    plan: Plan
+    plan: NetworkPlan
     repeats: int = 5
     voxels: int = 1000
     layer: str | None = None
@@ -460,7 +460,7 @@ def score_pool(
     name: str,  # of a score, as in `scores.SCORES`
     models: dict[str, object],  # source -> `SourceModel`, or just its network or the path of its checkpoint
     target: Task,  # the target's few-shot cases, `protocol(...).train`
-    plan: Plan,  # under which the models were trained
+    plan: NetworkPlan,  # under which the models were trained
     repeats: int = 5,  # draws of voxels
     voxels: int = 1000,  # at most so many in a draw, classes balanced; the same ones for all sources
     layer: str | None = None,  # name, as `layers` lists them; None: the input of the last convolution
@@ -496,7 +496,7 @@ def score_matrix(
     targets: Iterable[
         Task
     ],  # whose cases are looked at: the target's few-shot cases, for longer paths the sources' too
-    plan: Plan,  # under which the models were trained
+    plan: NetworkPlan,  # under which the models were trained
     **settings,  # further arguments of `score_pool`
 ) -> Affinity:  # the sources, then targets that are no source; one term, from source (row) to target (column)
     """The scores of all ordered pairs of a source and another task, as distances with the best pair at 0.

@@ -89,7 +89,7 @@ def source_graph(
 
 # %% ../nbs/22_landmarks.ipynb #37a0d403
 def busiest(
-    graph: nx.Graph,  # edges carry `d`, nodes stand in the order of their names
+    graph: nx.Graph,  # edges carry `d`, nodes are in the order of their names
 ) -> tuple[str, str]:  # the edge to cut
     "The paper's cut: the edge most shortest paths run along by `d`; of equals the longest, then the first by name."
     shared = nx.edge_betweenness_centrality(graph, weight="d")
@@ -101,7 +101,7 @@ def busiest(
 
 
 def strained(
-    graph: nx.Graph,  # edges carry `d`, nodes stand in the order of their names
+    graph: nx.Graph,  # edges carry `d`, nodes are in the order of their names
 ) -> tuple[str, str]:  # the edge to cut
     "Newman's cut for weighted graphs (2004): shortest paths counted by their hops, the count multiplied by `d`."
     shared = nx.edge_betweenness_centrality(graph)

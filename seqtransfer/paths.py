@@ -94,18 +94,14 @@ def best_paths(
     target: str,  # name of the target task
     sources: int = 2,  # number of sources: 1 (direct transfer), 2 (the paper) or more
     top: int = 5,  # how many paths
-    landmarks: dict
-    | None = None,  # landmark -> its community, as from `landmark_communities`; None: search everywhere
+    landmarks: dict | None = None,  # landmark -> community, as from `landmark_communities`; None: everywhere
     budget: float | None = None,  # training steps on sources that a path may still need; any number if None
     already_trained: Iterable = (),  # paths whose stages are free: each a `TransferPath`, names, or one name
     steps: int = 1,  # training steps of one source; with 1 the budget counts stages
-    forbidden: Iterable[
-        tuple[str, str]
-    ] = (),  # pairs of names, from and to: hops that may not be made, also to the target
+    forbidden: Iterable[tuple[str, str]] = (),  # (from, to), also to the target: hops that may not be made
     lam: float = 1.0,  # weight of the earlier sources' distances to the target; 1 in the paper
     exclude: Iterable[str] = (),  # names that may not be sources
-    allowed: pd.DataFrame
-    | None = None,  # bool, hops (row to column) allowed between sources, as from `edges`; all if None
+    allowed: pd.DataFrame | None = None,  # bool, row to column, as from `edges`: hops between sources; None: all
 ) -> list[TransferPath]:  # the best first; fewer than `top` where there are no more
     "The `top` paths of least cost over all orders of distinct sources; `InputError` if none (Yang et al. 2024)."
     names = list(affinity.names)
@@ -279,16 +275,10 @@ class Explanation:
 
     path: TransferPath  # what is explained
     hops: pd.DataFrame  # one row per summand of the cost: kind, from, to, the terms, cost
-    runner_up: (
-        TransferPath | None
-    )  # the best with other sources, or else in another order; None where there is no other
+    runner_up: TransferPath | None  # the best with other sources, else in another order; None: no other
     lacks: pd.DataFrame | None  # one row per term, and cost and length: path, runner-up, difference
-    interval: (
-        tuple[float, float] | None
-    )  # 5th and 95th percentile over the replicates of runner-up's cost minus path's
-    winners: (
-        pd.DataFrame | None
-    )  # path and probability of each that is the best in a replicate, the most frequent first
+    interval: tuple[float, float] | None  # 5th, 95th percentile of the runner-up's cost less the path's
+    winners: pd.DataFrame | None  # path and probability of each best in a replicate, the likeliest first
     probability: float | None  # share of replicates in which this path is the best
     any_order: float | None  # share of replicates in which the best path has these sources, in whatever order
 
@@ -364,12 +354,27 @@ def _without_replicates(path, affinity, search):
     lacks = _difference(path, other) if other else None
     return Explanation(path, hops, other, lacks, None, None, None, None)
 
-# %% ../nbs/21_paths.ipynb #38258c09
+# %% ../nbs/21_paths.ipynb #4cb670ad
+def _judged(plain, won, gaps, names, way):
+    "The `Explanation` with its probabilities; `way` is its path by positions."
+    interval = None
+    if plain.runner_up and gaps:
+        low, high = np.quantile(gaps, (0.05, 0.95))
+        interval = float(low), float(high)
+    in_any_order = sum(count for other, count in won.items() if other and set(other) == set(way))
+    return replace(
+        plain,
+        interval=interval,
+        winners=_winners_table(won, names, plain.path.target),
+        probability=won[way] / won.total(),
+        any_order=in_any_order / won.total(),
+    )
+
+# %% ../nbs/21_paths.ipynb #6c28d07a
 def explain(
     path: TransferPath,  # usually the best, as from `best_paths`
     affinity: Affinity,  # the distances it was found with
-    replicates: Iterable
-    | None = None,  # yields (N, N) distances in the order of the names; None: the affinity's own, if any
+    replicates: Iterable | None = None,  # yields (N, N) distances; None: the affinity's own, if any
     **search,  # the arguments of `best_paths` it was found with, besides `sources` and `top`
 ) -> Explanation:  # prints as sentences
     """The parts of a path's cost, its runner-up, and its probability of being the best.
@@ -380,17 +385,10 @@ def explain(
         if not affinity.replicates:
             return plain
         replicates = affinity.resampled()
-    names, target, other = list(affinity.names), path.target, plain.runner_up
-    rules = rules_for(names, target, len(path.sources), 1, **search)
-    ways = [tuple(names.index(name) for name in p.sources) for p in (path, other) if p]
-    won, gaps = _recount(replicates, names, target, rules, ways, search.get("lam", 1.0))
+    names = list(affinity.names)
+    rules = rules_for(names, path.target, len(path.sources), 1, **search)
+    ways = [tuple(names.index(name) for name in p.sources) for p in (path, plain.runner_up) if p]
+    won, gaps = _recount(replicates, names, path.target, rules, ways, search.get("lam", 1.0))
     if not won:
         raise InputError(f"There is no replicate to explain {path} with: give at least one, or None.")
-    same_sources = sum(count for way, count in won.items() if way and set(way) == set(ways[0]))
-    return replace(
-        plain,
-        interval=tuple(float(x) for x in np.quantile(gaps, (0.05, 0.95))) if other and gaps else None,
-        winners=_winners_table(won, names, target),
-        probability=won[ways[0]] / won.total(),
-        any_order=same_sources / won.total(),
-    )
+    return _judged(plain, won, gaps, names, ways[0])

@@ -92,7 +92,7 @@ def smooth_noise(
     return (values / _BASIS_POWER**1.5).astype(np.float32)
 
 # %% ../nbs/02_phantom.ipynb #7c058ae1
-def _column(
+def _xyz_column(
     xyz: ArrayLike,  # three numbers
     dtype: np.dtype,  # of the points they meet
 ) -> np.ndarray:  # (3, 1)
@@ -106,9 +106,9 @@ def ellipsoid(
     axes: ArrayLike,  # 3 semi-axes, mm
 ) -> np.ndarray:  # (N,) depth in mm
     "Depth below the surface of an ellipsoid, exact to first order at the surface."
-    r = _column(axes, p.dtype)
+    r = _xyz_column(axes, p.dtype)
     tiny = np.asarray(1e-6, p.dtype)  # so that the centre has a depth too
-    u = (p - _column(centre, p.dtype)) / r + tiny
+    u = (p - _xyz_column(centre, p.dtype)) / r + tiny
     k = np.sqrt((u * u).sum(0))
     slope = np.sqrt(((u / r) ** 2).sum(0))
     return k * (1 - k) / slope
@@ -120,8 +120,8 @@ def _capsule(
     radii: tuple[float, float],  # at either end, mm
 ) -> np.ndarray:  # (N,) depth in mm
     "Depth below the surface of one segment, whose radius changes linearly."
-    start = _column(ends[0], p.dtype)
-    along = _column(np.subtract(ends[1], ends[0]), p.dtype)
+    start = _xyz_column(ends[0], p.dtype)
+    along = _xyz_column(np.subtract(ends[1], ends[0]), p.dtype)
     t = np.clip(((p - start) * along).sum(0) / (along * along).sum(), 0, 1)
     distance = np.sqrt(((p - start - t * along) ** 2).sum(0))
     return radii[0] + t * (radii[1] - radii[0]) - distance
@@ -641,14 +641,14 @@ FETS = tuple(
 
 # %% ../nbs/02_phantom.ipynb #533cf344
 WMH_LABELS = {"WMH": Delineation(1, ("WMH",)), "other pathology": Delineation(2, ("INF",))}
-_WMH_SITES = (  # name, gain, gamma, bias, noise, slices, tissue factors
+_WMH2017_SITES = (  # name, gain, gamma, bias, noise, slices, tissue factors
     Site("Utrecht", 900, 1.00, 0.12, 0.02, 3.0),
     Site("Singapore", 250, 0.85, 0.18, 0.04, 5.0, {"WMH": 0.96, "GM": 1.03, "CSF": 1.3}),
     Site("Amsterdam/GE3T", 1500, 1.08, 0.12, 0.03, 3.5, {"WMH": 0.97, "WM": 1.02}),
 )
 WMH2017 = tuple(
     Cohort(f"wmh-{site.name.replace('/', '_')}", site, ("FLAIR", "T1"), WMH_LABELS, "elderly", real=20)
-    for site in _WMH_SITES
+    for site in _WMH2017_SITES
 )
 ISEG_LABELS = {"CSF": Delineation(10, ("CSF",)), "GM": Delineation(150, ("GM", "DG")), "WM": Delineation(250, ("WM",))}
 _ISEG_SITE = Site("iSeg", 700, 1.0, 0.12, 0.015, 2.0)

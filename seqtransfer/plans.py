@@ -17,7 +17,7 @@ import pandas as pd
 from .arms import arm_label, arm_path, arm_sequence, arm_sources
 from .core import InputError, code_digest, digest, write_json
 from .folders import target_folder
-from .networks import Plan as NetworkPlan
+from .networks import NetworkPlan
 from .questions import ArmStages, OpenStudy, Question, arm_stages, claim_folder, write_question
 from .training import Pretrained, Stage, data_digest, machine, stage_name
 

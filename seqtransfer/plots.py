@@ -79,7 +79,7 @@ def styled(
 
     return inner
 
-# %% ../nbs/50_plots.ipynb #61b03546
+# %% ../nbs/50_plots.ipynb #21e16383
 def _axes(ax, width, height) -> Axes:
     "`ax`, or the axes of a new figure of this size in inches."
     if ax is not None:
@@ -88,7 +88,7 @@ def _axes(ax, width, height) -> Axes:
     return new
 
 
-def _beside(ax, handles, **kwargs):
+def _legend_beside(ax, handles, **kwargs):
     "A legend to the right of the axes, where it hides nothing."
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **kwargs)
 
@@ -219,7 +219,7 @@ def _graph_legend(colour, shape, path) -> list[Line2D]:
 # %% ../nbs/50_plots.ipynb #78fd3414
 @styled
 def draw_source_graph(
-    graph: nx.Graph,  # as from `paths.source_graph`: nodes with modality, label, site and cases, edges with d
+    graph: nx.Graph,  # as from `landmarks.source_graph`: nodes with modality, label, site and cases, edges with d
     path: TransferPath | None = None,  # TransferPath to draw over it
     ax: Axes | None = None,  # where to draw; a new figure if None
 ) -> Axes:  # one marker per source, one arrow per hop
@@ -238,7 +238,7 @@ def draw_source_graph(
     if path:
         _arrows(ax, place, path)
         _numbers_of_sources(ax, place, path)
-    _beside(ax, _graph_legend(colour, shape, path))
+    _legend_beside(ax, _graph_legend(colour, shape, path))
     ax.set_axis_off()
     return ax
 
@@ -354,7 +354,7 @@ def learning_curves(
     for step in sorted(hops):
         ax.axvline(step, color="0.6", lw=0.8, ls=":", zorder=0)
     ax.set(xlabel="optimiser step over the whole path", ylabel="training loss")
-    _beside(ax, drawn, title="mean; shade: range of seeds" if several else None)
+    _legend_beside(ax, drawn, title="mean; shade: range of seeds" if several else None)
     return ax
 
 # %% ../nbs/50_plots.ipynb #79b99632
@@ -387,7 +387,7 @@ def _seed_legend(ax, seeds):
     if len(seeds) < 2:
         return
     markers = zip(seeds, MARKERS * len(seeds))
-    _beside(ax, [Line2D([], [], ls="", marker=m, color="0.4", label=f"seed {seed}") for seed, m in markers])
+    _legend_beside(ax, [Line2D([], [], ls="", marker=m, color="0.4", label=f"seed {seed}") for seed, m in markers])
 
 # %% ../nbs/50_plots.ipynb #0d0f1ed0
 def _arm_axis(ax, arms):
@@ -607,7 +607,7 @@ def _outline_legend(ax, names, title=None):
     for name in names:
         style = OUTLINES[name]
         entries.append(Line2D([], [], color=style["colors"], ls=style.get("linestyles", "-"), label=name))
-    _beside(ax, entries, title=title)
+    _legend_beside(ax, entries, title=title)
 
 # %% ../nbs/50_plots.ipynb #faaa722a
 @styled

@@ -20,7 +20,7 @@ from .arms import TABLE, Choice, arm_sources, find_arm
 from .core import InputError, digest, progress, read_json, replacing, writable, write_json
 from .datasets import read_pool
 from .folders import affinity_folder, protocol_file, target_folder
-from .networks import Plan, plan_for
+from .networks import NetworkPlan, plan_for
 from .paths import best_paths, explain, path_table
 from .search import path_cost
 from .protocol import Protocol, protocol
@@ -142,7 +142,7 @@ def arm_stages(
 def network_plan(
     split: Protocol,  # whose few-shot cases are read
     recipe: Recipe,  # network, patch, memory
-) -> Plan:  # for every stage of every arm
+) -> NetworkPlan:  # for every stage of every arm
     "The network's plan for a target under a recipe."
     return plan_for(read_task(split.train), recipe.largest_patch, recipe.network, recipe.memory, recipe.compiled)
 
@@ -155,7 +155,7 @@ def check_cases(
         read_case(case)
 
 # %% ../nbs/42_questions.ipynb #a61b7e93
-def _check_start(recipe: Recipe, last: Stage, plan: Plan) -> tuple[str, ...]:
+def _check_start(recipe: Recipe, last: Stage, plan: NetworkPlan) -> tuple[str, ...]:
     "Tries foreign weights on the network; sentences on what will not be kept of them."
     if not recipe.start:
         return ()
@@ -169,7 +169,7 @@ def _check_start(recipe: Recipe, last: Stage, plan: Plan) -> tuple[str, ...]:
 def check_recipe(
     recipe: Recipe,  # of all arms
     split: Protocol,  # whose labelled patients are trained on
-    plan: Plan,  # of the network
+    plan: NetworkPlan,  # of the network
     stages: Iterable[ArmStages],  # of every arm
 ) -> tuple[str, ...]:  # sentences on what will not be kept of the weights to start from
     "Begins each kind of stage once; raises `InputError` for a recipe that a stage could not follow."
@@ -218,7 +218,7 @@ class Question:
 
     study: Study  # what is asked
     split: Protocol  # who is trained on, who is tested
-    network: Plan  # of the network, for every stage
+    network: NetworkPlan  # of the network, for every stage
     paths: tuple[tuple[str, ...], ...]  # names of sources, first to last
     nearest: str | None = None  # name of the affinity's first choice of one source
     near: Affinity | None = None  # distances, where the affinity was asked

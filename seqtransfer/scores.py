@@ -9,9 +9,12 @@ __all__ = ['BLOCK', 'ROUNDING', 'RANGE', 'SCORES', 'nce', 'leep', 'h_score', 'h_
 
 # %% ../nbs/13_scores.ipynb #a5152ad2
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.linalg import eigh, pinvh, svdvals
 from scipy.optimize import minimize_scalar
@@ -26,121 +29,216 @@ ROUNDING = 1e-12  # eigenvalues of a sum of products below this share of the lar
 RANGE = 1e-70, 1e70  # between these the fourth powers of features, summed, are numbers of double precision
 
 
-def _features(features, name: str = "features") -> np.ndarray:
-    "The array as it was given (its type is kept), once it is known to be real, two-dimensional, finite and not empty."
+def _rows_not_finite(
+    features: np.ndarray,  # N x D
+) -> int:  # rows with NaN or an infinite value
+    "How many rows hold a value that is no number."
+    bad = 0
+    for start in range(0, len(features), BLOCK):
+        finite = np.isfinite(features[start : start + BLOCK])
+        bad += int((~finite).any(1).sum())
+    return bad
+
+
+def _largest(
+    features: np.ndarray,  # N x D
+) -> float:  # not negative
+    "The largest absolute value."
+    return max(float(np.abs(features[i : i + BLOCK]).max()) for i in range(0, len(features), BLOCK))
+
+# %% ../nbs/13_scores.ipynb #6b7c7f5e
+def _check_range(
+    features: np.ndarray,  # finite
+    name: str,  # what a sentence calls them
+) -> None:
+    "Raises `InputError` for features whose powers are no numbers of double precision."
+    if features.dtype.itemsize < 8:  # no smaller number is out of range
+        return
+    top = _largest(features)
+    if top and not RANGE[0] < top < RANGE[1]:
+        raise InputError(
+            f"The largest of the {name} is of size {top:.1e}, and its powers cannot be computed with: "
+            "rescale them, all by one factor."
+        )
+
+# %% ../nbs/13_scores.ipynb #658d5840
+def _features(
+    features: ArrayLike,  # N x D
+    name: str = "features",  # what a sentence calls them
+) -> np.ndarray:  # the array as it was given (its type is kept)
+    "The array, once it is known to be real, two-dimensional, finite and not empty. Raises `InputError` otherwise."
     features = np.asarray(features)
+    shape = features.shape
     if features.ndim != 2 or features.dtype.kind not in "biuf":
-        raise InputError(f"The {name} have shape {features.shape} and type {features.dtype}: give real numbers, N rows (voxels) by D columns.")
-    if 0 in features.shape:
-        raise InputError(f"The {name} are empty, {features.shape[0]} rows by {features.shape[1]} columns: sample voxels before scoring.")
-    bad = sum(int((~np.isfinite(features[i:i + BLOCK])).any(1).sum()) for i in range(0, len(features), BLOCK))
+        raise InputError(
+            f"The {name} have shape {shape} and type {features.dtype}: "
+            "give real numbers, N rows (voxels) by D columns."
+        )
+    if 0 in shape:
+        raise InputError(f"The {name} are empty, {shape[0]} rows by {shape[1]} columns: sample voxels before scoring.")
+    bad = _rows_not_finite(features)
     if bad:
-        raise InputError(f"The {name} hold NaN or infinite values in {bad} of {len(features)} rows: "
-                         "leave those voxels out, or look for what went wrong in the model.")
-    if features.dtype.itemsize >= 8:  # no smaller number is out of range
-        top = max(float(np.abs(features[i:i + BLOCK]).max()) for i in range(0, len(features), BLOCK))
-        if top and not RANGE[0] < top < RANGE[1]: raise InputError(f"The largest of the {name} is of size {top:.1e}, and its powers cannot be computed with: rescale them, all by one factor.")
+        raise InputError(
+            f"The {name} hold NaN or infinite values in {bad} of {len(features)} rows: "
+            "leave those voxels out, or look for what went wrong in the model."
+        )
+    _check_range(features, name)
     return features
 
-
-def _whole(what: str, number, least: int):
-    "Raises `InputError` for what is no whole number or is below `least`."
-    if not isinstance(number, (int, np.integer)) or number < least: raise InputError(f"The {what} is {number!r}: give a whole number, {least} or more.")
-
-
-def _groups(values, n: int, name: str = "labels") -> tuple:
-    "The distinct values, and for each of the `n` rows the position of its value among them; at least two values."
-    values = np.asarray(values)
-    if values.dtype.kind == "O" and all(isinstance(v, str) for v in values.flat): values = values.astype(str)  # a column of a table
-    if values.shape != (n,):
-        raise InputError(f"The {name} have shape {values.shape} beside {n} rows of the other array: give one for each voxel.")
-    if values.dtype.kind not in "biufSU" or (values.dtype.kind == "f" and not np.isfinite(values).all()):
-        raise InputError(f"The {name} are of type {values.dtype} or hold NaN or infinite values: give numbers or names, and leave unknown voxels out.")
-    found, codes = np.unique(values, return_inverse=True)
-    if len(found) < 2:
-        raise InputError(f"All {n} {name} are {found[0]}: a score needs at least two different ones, so sample voxels of others too.")
-    return found, codes
-
 # %% ../nbs/13_scores.ipynb #276025f0
-def _softmax(softmax) -> np.ndarray:
-    "The array as it was given, once its rows are known to be probabilities."
+def _softmax(
+    softmax: ArrayLike,  # N x C
+) -> np.ndarray:  # the array as it was given
+    "The array, once its rows are known to be probabilities. Raises `InputError` otherwise."
     softmax = _features(softmax, "softmax rows")
     low, sums = softmax.min(), softmax.sum(1, dtype=np.float64)
     if low < 0 or abs(sums - 1).max() > 1e-3:
-        raise InputError(f"The softmax rows sum to {sums.min():.4g} to {sums.max():.4g}, with a smallest value of {low:.4g}, and are no probabilities: "
-                         "give the source head's output after its softmax, all its classes.")
+        raise InputError(
+            f"The softmax rows sum to {sums.min():.4g} to {sums.max():.4g}, with a smallest value of {low:.4g}, "
+            "and are no probabilities: give the source head's output after its softmax, all its classes."
+        )
     return softmax
 
+# %% ../nbs/13_scores.ipynb #49994c2d
+def _class_codes(
+    values: ArrayLike,  # N, one for each voxel
+    n: int,  # rows of the other array
+    name: str = "labels",  # what a sentence calls them
+) -> tuple[np.ndarray, np.ndarray]:  # the distinct values, (C,); for each row the position of its value, (N,)
+    "Classes as whole numbers from 0. Raises `InputError` for fewer than two different ones, or not one a row."
+    values = np.asarray(values)
+    if values.dtype.kind == "O" and all(isinstance(value, str) for value in values.flat):
+        values = values.astype(str)  # a column of a table
+    if values.shape != (n,):
+        raise InputError(
+            f"The {name} have shape {values.shape} beside {n} rows of the other array: give one for each voxel."
+        )
+    if values.dtype.kind not in "biufSU" or (values.dtype.kind == "f" and not np.isfinite(values).all()):
+        raise InputError(
+            f"The {name} are of type {values.dtype} or hold NaN or infinite values: "
+            "give numbers or names, and leave unknown voxels out."
+        )
+    found, codes = np.unique(values, return_inverse=True)
+    if len(found) < 2:
+        raise InputError(
+            f"All {n} {name} are {found[0]}: a score needs at least two different ones, so sample voxels of others too."
+        )
+    return found, codes
+
+# %% ../nbs/13_scores.ipynb #0013873b
+def _check_whole_number(
+    what: str,  # what a sentence calls it
+    number: Any,  # to be checked
+    least: int,  # that it may be
+) -> None:
+    "Raises `InputError` for what is no whole number or is below the least."
+    if not isinstance(number, (int, np.integer)) or number < least:
+        raise InputError(f"The {what} is {number!r}: give a whole number, {least} or more.")
+
 # %% ../nbs/13_scores.ipynb #9ebc77c7
-def _blocks(features: np.ndarray, rows=None):
-    "Yields positions and rows (all, or those of an index array) in float64, a block at a time."
+def _row_blocks(
+    features: np.ndarray,  # N x D, any type
+    rows: np.ndarray | None = None,  # positions of the rows wanted; all when None
+) -> Iterator[tuple[slice, np.ndarray]]:  # where a block is among the rows wanted, and the block
+    "Yields rows in float64, a block at a time."
     n = len(features) if rows is None else len(rows)
     for start in range(0, n, BLOCK):
         part = slice(start, min(start + BLOCK, n))
         yield part, np.asarray(features[part if rows is None else rows[part]], np.float64)
 
+# %% ../nbs/13_scores.ipynb #d8de06a7
+def _mean(
+    features: np.ndarray,  # N x D
+    rows: np.ndarray | None = None,  # positions of the rows wanted; all when None
+) -> np.ndarray:  # (D,)
+    "The mean row."
+    n = len(features) if rows is None else len(rows)
+    return sum(block.sum(0) for _, block in _row_blocks(features, rows)) / n
 
-def _mean(features: np.ndarray, rows=None) -> np.ndarray:
-    "The mean row, (D,)."
-    return sum(f.sum(0) for _, f in _blocks(features, rows)) / (len(features) if rows is None else len(rows))
 
-
-def _scatter(features: np.ndarray, centre, rows=None) -> np.ndarray:
-    "The sum of (f - centre)(f - centre)', (D, D)."
+def _scatter(
+    features: np.ndarray,  # N x D
+    centre: ArrayLike,  # (D,), or one number
+    rows: np.ndarray | None = None,  # positions of the rows wanted; all when None
+) -> np.ndarray:  # (D, D)
+    "The sum of (f - centre)(f - centre)'."
     total = np.zeros((features.shape[1],) * 2)
-    for _, f in _blocks(features, rows):
-        f = f - centre
-        total += f.T @ f
+    for _, block in _row_blocks(features, rows):
+        block = block - centre  # the uncentred block is let go, so that two at most are in memory
+        total += block.T @ block
     return total
 
 # %% ../nbs/13_scores.ipynb #b4c24a45
-def _indicator(codes: np.ndarray, count: int) -> sparse.csr_matrix:
-    "(count, N): 1 where a row is of the class."
-    return sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), (count, len(codes)))
+def _indicator(
+    codes: np.ndarray,  # N, class of each row
+    count: int,  # of classes
+) -> sparse.csr_matrix:  # count x N
+    "1 where a row is of the class, else 0."
+    ones = np.ones(len(codes))
+    return sparse.csr_matrix((ones, (codes, np.arange(len(codes)))), (count, len(codes)))
 
 
-def _class_means(features: np.ndarray, codes: np.ndarray) -> tuple:
-    "The mean row of each class, (C, D), and the number of its rows, (C,)."
+def _class_means(
+    features: np.ndarray,  # N x D
+    codes: np.ndarray,  # N, class of each row
+) -> tuple[np.ndarray, np.ndarray]:  # mean row of each class, (C, D); the number of its rows, (C,)
+    "The mean row of each class."
     n = np.bincount(codes)
-    return sum(_indicator(codes[part], len(n)) @ f for part, f in _blocks(features)) / n[:, None], n
+    total = sum(_indicator(codes[part], len(n)) @ block for part, block in _row_blocks(features))
+    return total / n[:, None], n
 
 
-def _rows_of(codes: np.ndarray) -> list:
-    "For each class the positions of its rows."
+def _rows_of(
+    codes: np.ndarray,  # N, class of each row
+) -> list[np.ndarray]:  # for each class the positions of its rows
+    "The rows of each class."
     return np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
 
 # %% ../nbs/13_scores.ipynb #3cb96eaa
-def _negative_conditional_entropy(joint: np.ndarray) -> float:
+def _negative_conditional_entropy(
+    joint: np.ndarray,  # masses by row and column
+) -> float:  # nats, not positive
     "-H(column given row) of a table of masses."
     p = joint / joint.sum()
     return float(rel_entr(p, p.sum(1, keepdims=True)).sum())
 
 
-def nce(softmax: np.ndarray,  # N x Cs, the source head's probabilities at target voxels
-        labels: np.ndarray,  # N, target classes
-       ) -> float:  # -H(Y|Z) in nats, in [-log C, 0], higher is better
+def nce(
+    softmax: np.ndarray,  # N x Cs, the source head's probabilities at target voxels
+    labels: np.ndarray,  # N, target classes
+) -> float:  # -H(Y|Z) in nats, in [-log C, 0], higher is better
     """Negative conditional entropy of the target class given the predicted source class (Tran et al. 2019).
     Raises `InputError` for arrays that cannot be scored."""
     softmax = _softmax(softmax)
-    _, codes = _groups(labels, len(softmax))
+    _, codes = _class_codes(labels, len(softmax))
     joint = np.zeros((softmax.shape[1], codes.max() + 1))
     np.add.at(joint, (softmax.argmax(1), codes), 1)
     return _negative_conditional_entropy(joint)
 
 # %% ../nbs/13_scores.ipynb #0763887e
-def leep(softmax: np.ndarray,  # N x Cs, the source head's probabilities at target voxels
-         labels: np.ndarray,  # N, target classes
-        ) -> float:  # mean log likelihood in nats, at most 0, higher is better
+def leep(
+    softmax: np.ndarray,  # N x Cs, the source head's probabilities at target voxels
+    labels: np.ndarray,  # N, target classes
+) -> float:  # mean log likelihood in nats, at most 0, higher is better
     "Log expected empirical prediction (Nguyen et al. 2020). Raises `InputError` for arrays that cannot be scored."
     softmax = _softmax(softmax)
-    _, codes = _groups(labels, len(softmax))
-    joint = sum(_indicator(codes[part], codes.max() + 1) @ t for part, t in _blocks(softmax))
+    _, codes = _class_codes(labels, len(softmax))
+    classes = codes.max() + 1
+    joint = sum(_indicator(codes[part], classes) @ block for part, block in _row_blocks(softmax))
     mass = joint.sum(0)
     given = np.divide(joint, mass, out=np.zeros_like(joint), where=mass > 0)
-    return float(sum(np.log((given[codes[part]] * t).sum(1)).sum() for part, t in _blocks(softmax)) / len(softmax))
+    total = 0
+    for part, block in _row_blocks(softmax):
+        likelihood = (given[codes[part]] * block).sum(1)
+        total += np.log(likelihood).sum()
+    return float(total / len(softmax))
 
 # %% ../nbs/13_scores.ipynb #b09d0886
-def _between(features: np.ndarray, codes: np.ndarray, covariance: np.ndarray) -> float:
+def _between_classes(
+    features: np.ndarray,  # N x D
+    codes: np.ndarray,  # N, class of each row
+    covariance: np.ndarray,  # (D, D), by which to divide
+) -> float:  # not negative
     "tr(covariance^+ B), B the covariance (divisor N) of the rows' class means."
     means, n = _class_means(features, codes)
     share = n / n.sum()
@@ -149,73 +247,116 @@ def _between(features: np.ndarray, codes: np.ndarray, covariance: np.ndarray) ->
     return float(share @ ((away @ inverse) * away).sum(1))
 
 
-def h_score(features: np.ndarray,  # N x D
-            labels: np.ndarray,  # N, target classes
-           ) -> float:  # in [0, min(D, C - 1)], higher is better
-    "Between-class over total variance of the features, summed over directions (Bao et al. 2019). Raises `InputError` for arrays that cannot be scored."
+def h_score(
+    features: np.ndarray,  # N x D
+    labels: np.ndarray,  # N, target classes
+) -> float:  # in [0, min(D, C - 1)], higher is better
+    """Between-class over total variance of the features, summed over directions (Bao et al. 2019).
+    Raises `InputError` for arrays that cannot be scored."""
     features = _features(features)
-    _, codes = _groups(labels, len(features))
-    return _between(features, codes, _scatter(features, _mean(features)) / len(features))
+    _, codes = _class_codes(labels, len(features))
+    covariance = _scatter(features, _mean(features)) / len(features)
+    return _between_classes(features, codes, covariance)
 
 # %% ../nbs/13_scores.ipynb #2aa6a720
-def _shrunk_covariance(features: np.ndarray) -> tuple:
-    "Ledoit and Wolf's covariance, (D, D), and its shrinkage: scikit-learn's `ledoit_wolf` without its copies of the features."
+def _shrunk_covariance(
+    features: np.ndarray,  # N x D
+) -> tuple[np.ndarray, float]:  # Ledoit and Wolf's covariance, (D, D), and its shrinkage
+    "scikit-learn's `ledoit_wolf` without its copies of the features."
     n, d = features.shape
     mean = _mean(features)
     covariance = _scatter(features, mean) / n
-    fourth = sum((((f - mean) ** 2).sum(1) ** 2).sum() for _, f in _blocks(features)) / n
+    fourth_powers = ((((block - mean) ** 2).sum(1) ** 2).sum() for _, block in _row_blocks(features))
+    fourth = sum(fourth_powers) / n
     size, spread = (covariance**2).sum(), np.trace(covariance) / d
     to_identity = size - d * spread**2
-    alpha = min(1.0, (fourth - size) / n / to_identity) if to_identity > 1e-15 * size else 0.0  # a multiple of the identity already
+    alpha = 0.0
+    if to_identity > 1e-15 * size:  # otherwise a multiple of the identity already
+        alpha = min(1.0, (fourth - size) / n / to_identity)
     return (1 - alpha) * covariance + alpha * spread * np.eye(d), alpha
 
-
-def h_score_shrunk(features: np.ndarray,  # N x D
-                   labels: np.ndarray,  # N, target classes
-                  ) -> float:  # not negative, higher is better
-    "H-score with Ledoit and Wolf's covariance (Ibrahim et al. 2022). Raises `InputError` for arrays that cannot be scored."
+# %% ../nbs/13_scores.ipynb #498e5150
+def h_score_shrunk(
+    features: np.ndarray,  # N x D
+    labels: np.ndarray,  # N, target classes
+) -> float:  # not negative, higher is better
+    """H-score with Ledoit and Wolf's covariance (Ibrahim et al. 2022).
+    Raises `InputError` for arrays that cannot be scored."""
     features = _features(features)
-    _, codes = _groups(labels, len(features))
+    _, codes = _class_codes(labels, len(features))
+    n = len(features)
     covariance, alpha = _shrunk_covariance(features)
-    return float((1 - alpha) * _between(features, codes, covariance) * len(features) / (len(features) - 1))
+    return float((1 - alpha) * _between_classes(features, codes, covariance) * n / (n - 1))
 
 # %% ../nbs/13_scores.ipynb #6fc9c570
-def _class_gaussians(features: np.ndarray, codes: np.ndarray) -> tuple:
-    "Means and variances (divisor: the class's rows) of each class and feature, both (C, D)."
+class _ClassGaussians(NamedTuple):
+    "Each class as a Gaussian with a diagonal covariance."
+
+    means: np.ndarray  # (C, D)
+    variance: np.ndarray  # (C, D)
+
+
+def _class_gaussians(
+    features: np.ndarray,  # N x D
+    codes: np.ndarray,  # N, class of each row
+) -> _ClassGaussians:  # means and variances (divisor: the class's rows)
+    "Means and variances of each class and feature."
     means, n = _class_means(features, codes)
-    return means, sum(_indicator(codes[part], len(n)) @ (f - means[codes[part]]) ** 2 for part, f in _blocks(features)) / n[:, None]
+    squares = 0
+    for part, block in _row_blocks(features):
+        squares = squares + _indicator(codes[part], len(n)) @ (block - means[codes[part]]) ** 2
+    return _ClassGaussians(means, squares / n[:, None])
 
 
-def gbc(features: np.ndarray,  # N x D
-        labels: np.ndarray,  # N, target classes
-        spherical: bool = False,  # one variance a class instead of one a class and feature
-       ) -> float:  # in [-C(C - 1), 0], higher is better
+def _bhattacharyya(
+    a: _ClassGaussians,  # some classes
+    b: _ClassGaussians,  # as many, or one
+) -> np.ndarray:  # B of each of a with that of b, lower is closer
+    "Bhattacharyya distances of Gaussians with diagonal covariances."
+    both = (a.variance + b.variance) / 2
+    apart = ((a.means - b.means) ** 2 / both).sum(1) / 8
+    unlike = np.log(both / np.sqrt(a.variance * b.variance)).sum(1) / 2
+    return apart + unlike
+
+# %% ../nbs/13_scores.ipynb #0b293297
+def gbc(
+    features: np.ndarray,  # N x D
+    labels: np.ndarray,  # N, target classes
+    spherical: bool = False,  # one variance a class instead of one a class and feature
+) -> float:  # in [-C(C - 1), 0], higher is better
     """Minus the Bhattacharyya coefficients of all ordered pairs of classes as Gaussians (Pándy et al. 2022).
     Raises `InputError` for arrays that cannot be scored."""
     features = _features(features)
-    _, codes = _groups(labels, len(features))
+    _, codes = _class_codes(labels, len(features))
     means, variance = _class_gaussians(features, codes)
     variance = np.maximum(variance, 1e-4)
-    if spherical: variance = np.repeat(variance.mean(1, keepdims=True), variance.shape[1], axis=1)
+    if spherical:
+        variance = np.repeat(variance.mean(1, keepdims=True), variance.shape[1], axis=1)
     total = 0.0
     for c in range(1, len(means)):  # one class with all before it: C x D numbers at a time
-        both = (variance[:c] + variance[c]) / 2
-        distance = ((means[:c] - means[c]) ** 2 / both).sum(1) / 8 + np.log(both / np.sqrt(variance[:c] * variance[c])).sum(1) / 2
+        before = _ClassGaussians(means[:c], variance[:c])
+        distance = _bhattacharyya(before, _ClassGaussians(means[c], variance[c]))
         total += 2 * np.exp(-distance).sum()
     return -float(total)
 
 # %% ../nbs/13_scores.ipynb #9d0ca6e0
-def _coding_rate(scatter: np.ndarray, n: int) -> float:
-    "1/2 log det(I + scatter / (n eps)) in nats."
-    return float(np.linalg.slogdet(np.eye(len(scatter)) + scatter / (n * 1e-4))[1] / 2)
+def _coding_rate(
+    scatter: np.ndarray,  # (D, D), of n rows
+    n: int,  # rows
+) -> float:  # nats
+    "1/2 log det(I + scatter / (n eps))."
+    scaled = np.eye(len(scatter)) + scatter / (n * 1e-4)
+    return float(np.linalg.slogdet(scaled)[1] / 2)
 
 
-def transrate(features: np.ndarray,  # N x D
-              labels: np.ndarray,  # N, target classes
-             ) -> float:  # nats, not negative, higher is better
-    "Coding rate of all features minus the mean rate within classes (Huang et al. 2022). Raises `InputError` for arrays that cannot be scored."
+def transrate(
+    features: np.ndarray,  # N x D
+    labels: np.ndarray,  # N, target classes
+) -> float:  # nats, not negative, higher is better
+    """Coding rate of all features minus the mean rate within classes (Huang et al. 2022).
+    Raises `InputError` for arrays that cannot be scored."""
     features = _features(features)
-    _, codes = _groups(labels, len(features))
+    _, codes = _class_codes(labels, len(features))
     mean, total, within = _mean(features), 0, 0.0
     for rows in _rows_of(codes):
         scatter = _scatter(features, mean, rows)
@@ -224,205 +365,346 @@ def transrate(features: np.ndarray,  # N x D
     return float(_coding_rate(total, len(features)) - within)
 
 # %% ../nbs/13_scores.ipynb #7a17de3b
-def _log_evidence(n: int, s: np.ndarray, z2: np.ndarray, r: float) -> float:
-    "max over t of log p(y|F), by a grid on log t and Brent's method; `s` eigenvalues of F'F, `z2` squared projections of y, `r` its residual."
-    def value(u):
-        t = np.exp(u)[..., None]
+def _log_evidence(
+    n: int,  # rows
+    s: np.ndarray,  # (rank,) eigenvalues of F'F
+    z2: np.ndarray,  # (rank,) squared projections of y
+    r: float,  # squared residual of y
+) -> float:  # nats
+    "max over t of log p(y|F), by a grid on log t and Brent's method."
+
+    def log_p(log_t):
+        t = np.exp(log_t)[..., None]
         q = r + (z2 * t / (t + s)).sum(-1)
         return -n / 2 * (1 + np.log(2 * np.pi * q / n)) - np.log1p(s / t).sum(-1) / 2
 
+    def depth(log_t):
+        return -log_p(np.array(log_t))
+
     grid = np.log(s.max(initial=1e-200)) + np.log(10) * np.linspace(-24, 12, 8 * 36 + 1)
-    heights = value(grid)
+    heights = log_p(grid)
     best = int(heights.argmax())
-    ends = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = minimize_scalar(lambda u: -value(np.array(u)), bounds=ends, method="bounded", options={"xatol": 1e-9})
+    around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    found = minimize_scalar(depth, bounds=around, method="bounded", options={"xatol": 1e-9})
     return max(float(heights[best]), -float(found.fun))
 
-# %% ../nbs/13_scores.ipynb #b83bb05b
-def logme(features: np.ndarray,  # N x D
-          labels: np.ndarray,  # N, target classes
-         ) -> float:  # mean log evidence per voxel in nats, higher is better
-    """Maximal log evidence of a linear model of each class, per voxel, averaged over classes (You et al. 2021).
-    Raises `InputError` for arrays that cannot be scored, and when features determine a class exactly, which makes the evidence infinite."""
-    features = _features(features)
-    names, codes = _groups(labels, len(features))
-    n, count = len(features), np.bincount(codes)
+# %% ../nbs/13_scores.ipynb #4325443f
+class _LeastSquares(NamedTuple):
+    "The regression of each class, as 0 and 1, on the features."
+
+    s: np.ndarray  # (rank,) eigenvalues of F'F
+    z2: np.ndarray  # (C, rank) squared projections of each class
+    residual: np.ndarray  # (C,) squared
+
+
+def _least_squares(
+    features: np.ndarray,  # N x D
+    codes: np.ndarray,  # N, class of each row
+) -> _LeastSquares:  # without a constant
+    "What the evidence of each class needs."
     s, vectors = eigh(_scatter(features, 0.0))
     kept = s > s[-1] * ROUNDING
     s, vectors = s[kept], vectors[:, kept]
-    z = _class_means(features, codes)[0] * count[:, None] @ vectors / np.sqrt(s)
-    weights, residual = (z / np.sqrt(s)) @ vectors.T, np.zeros(len(count))
-    for part, f in _blocks(features):
-        error = f @ weights.T
-        error[np.arange(len(f)), codes[part]] -= 1
+    means, count = _class_means(features, codes)
+    z = means * count[:, None] @ vectors / np.sqrt(s)
+    weights = (z / np.sqrt(s)) @ vectors.T
+    residual = np.zeros(len(count))
+    for part, block in _row_blocks(features):
+        error = block @ weights.T
+        error[np.arange(len(block)), codes[part]] -= 1
         residual += (error**2).sum(0)
-    exact = residual < 1e-16 * count  # the rounding of a perfect fit
-    if exact.any() and len(s) < n:
-        raise InputError(f"The features determine class {names[exact.argmax()]} exactly, so that LogME is infinite: "
-                         "sample more voxels, or leave out features that hold the labels themselves.")
-    return float(np.mean([_log_evidence(n, s, z2, 0.0 if e else r) for z2, r, e in zip(z**2, residual, exact)]) / n)
+    return _LeastSquares(s, z**2, residual)
+
+# %% ../nbs/13_scores.ipynb #b83bb05b
+def logme(
+    features: np.ndarray,  # N x D
+    labels: np.ndarray,  # N, target classes
+) -> float:  # mean log evidence per voxel in nats, higher is better
+    """Maximal log evidence of a linear model of each class, per voxel, averaged over classes (You et al. 2021).
+    Raises `InputError` for arrays that cannot be scored, and when features determine a class exactly,
+    which makes the evidence infinite."""
+    features = _features(features)
+    names, codes = _class_codes(labels, len(features))
+    n = len(features)
+    fit = _least_squares(features, codes)
+    exact = fit.residual < 1e-16 * np.bincount(codes)  # the rounding of a perfect fit
+    if exact.any() and len(fit.s) < n:
+        raise InputError(
+            f"The features determine class {names[exact.argmax()]} exactly, so that LogME is infinite: "
+            "sample more voxels, or leave out features that hold the labels themselves."
+        )
+    residual = np.where(exact, 0.0, fit.residual)
+    evidence = [_log_evidence(n, fit.s, z2, r) for z2, r in zip(fit.z2, residual)]
+    return float(np.mean(evidence) / n)
 
 # %% ../nbs/13_scores.ipynb #600b8947
-def balanced_sample(labels: np.ndarray,  # N, classes
-                    n: int,  # at most so many rows, at least one a class
-                    seed: int = 0,  # of the draw
-                   ) -> np.ndarray:  # ascending positions: all rows if they are not more than `n`
-    "Positions of `n` rows with classes as equal in size as they can be. Raises `InputError` when there are more classes than rows wanted."
-    _whole("sample of voxels", n, 1)
-    _whole("seed", seed, 0)
-    rows = _rows_of(np.unique(np.asarray(labels), return_inverse=True)[1])
-    if n < len(rows):
-        raise InputError(f"A sample of {n} voxels cannot hold {len(rows)} classes: sample more.")
-    if sum(map(len, rows)) <= n: return np.arange(sum(map(len, rows)))
+def balanced_sample(
+    labels: np.ndarray,  # N, classes
+    n: int,  # at most so many rows, at least one a class
+    seed: int = 0,  # of the draw
+) -> np.ndarray:  # ascending positions: all rows if they are not more than `n`
+    """Positions of `n` rows with classes as equal in size as they can be.
+    Raises `InputError` when there are more classes than rows wanted."""
+    _check_whole_number("sample of voxels", n, 1)
+    _check_whole_number("seed", seed, 0)
+    _, codes = np.unique(np.asarray(labels), return_inverse=True)
+    classes = _rows_of(codes)
+    if n < len(classes):
+        raise InputError(f"A sample of {n} voxels cannot hold {len(classes)} classes: sample more.")
+    if len(codes) <= n:
+        return np.arange(len(codes))
     rng, left, chosen = np.random.default_rng(seed), n, []
-    for k, group in enumerate(sorted(rows, key=len)):  # what a small class leaves free goes to the larger ones
-        take = min(len(group), left // (len(rows) - k))
-        chosen.append(rng.choice(group, take, replace=False))
+    for k, rows in enumerate(sorted(classes, key=len)):  # what a small class leaves free goes to the larger ones
+        take = min(len(rows), left // (len(classes) - k))
+        chosen.append(rng.choice(rows, take, replace=False))
         left -= take
     return np.sort(np.concatenate(chosen))
 
-# %% ../nbs/13_scores.ipynb #14fdd922
-def transport(features: np.ndarray,  # N x D, at target voxels
-              labels: np.ndarray,  # N, target classes
-              source_features: np.ndarray,  # Ns x D, of the same model at voxels of its own task
-              source_labels: np.ndarray,  # Ns, source classes
-              sample: int = 1000,  # at most so many voxels of each side, classes balanced
-              seed: int = 0,  # of the samples
-             ) -> tuple:  # (W, joint): mean squared distance of matched voxels; Cs x C matched mass, summing to 1
-    """Cost of the optimal coupling of source and target features, and the joint distribution of their classes.
-    Raises `InputError` for arrays that cannot be scored."""
+# %% ../nbs/13_scores.ipynb #caa6ff42
+class _TransportSide(NamedTuple):
+    "The voxels of one side of a coupling."
+
+    features: np.ndarray  # n x D, float64
+    classes: sparse.csr_matrix  # C x n, 1 where a row is of the class
+
+
+def _sampled_side(
+    features: np.ndarray,  # N x D
+    labels: np.ndarray,  # N, classes
+    sample: int,  # at most so many voxels
+    seed: int,  # of the sample
+    prefix: str = "",  # `source ` in sentences about the source
+) -> _TransportSide:  # of the voxels sampled
+    "One side, sampled. Raises `InputError` for arrays that cannot be scored."
+    features = _features(features, f"{prefix}features")
+    _, codes = _class_codes(labels, len(features), f"{prefix}labels")
+    rows = balanced_sample(codes, sample, seed)
+    sampled = np.asarray(features[rows], np.float64)
+    return _TransportSide(sampled, _indicator(codes[rows], codes.max() + 1))
+
+# %% ../nbs/13_scores.ipynb #67348835
+def _coupling(
+    source: np.ndarray,  # Ns x D
+    target: np.ndarray,  # N x D
+) -> tuple[np.ndarray, np.ndarray]:  # matched mass and squared distance of each pair, both Ns x N
+    "The optimal coupling of two samples of equal masses."
     import ot  # loads PyTorch, three seconds that no other score should cost
-    sides = []
-    for f, l, name in ((source_features, source_labels, "source "), (features, labels, "")):
-        f = _features(f, f"{name}features")
-        _, codes = _groups(l, len(f), f"{name}labels")
-        rows = balanced_sample(codes, sample, seed)
-        sides.append((np.asarray(f[rows], np.float64), _indicator(codes[rows], codes.max() + 1)))
-    (source, s), (target, t) = sides
-    if source.shape[1] != target.shape[1]:
-        raise InputError(f"The source has {source.shape[1]} features and the target {target.shape[1]}: take both from the same layer of the same model.")
+
     cost = ot.dist(source, target, "sqeuclidean")
     unit = cost.max() or 1.0
-    plan = ot.emd(np.full(len(source), 1 / len(source)), np.full(len(target), 1 / len(target)), cost / unit, numItermax=10_000_000)
-    return float((plan * cost).sum()), (t @ (s @ plan).T).T
+    masses = np.full(len(source), 1 / len(source)), np.full(len(target), 1 / len(target))
+    return ot.emd(*masses, cost / unit, numItermax=10_000_000), cost
 
+# %% ../nbs/13_scores.ipynb #14fdd922
+def transport(
+    features: np.ndarray,  # N x D, at target voxels
+    labels: np.ndarray,  # N, target classes
+    source_features: np.ndarray,  # Ns x D, of the same model at voxels of its own task
+    source_labels: np.ndarray,  # Ns, source classes
+    sample: int = 1000,  # at most so many voxels of each side, classes balanced
+    seed: int = 0,  # of the samples
+) -> tuple[float, np.ndarray]:  # W, mean squared distance of matched voxels; joint, Cs x C matched mass, summing to 1
+    """Cost of the optimal coupling of source and target features, and the joint distribution of their classes.
+    Raises `InputError` for arrays that cannot be scored."""
+    source = _sampled_side(source_features, source_labels, sample, seed, "source ")
+    target = _sampled_side(features, labels, sample, seed)
+    d_source, d_target = source.features.shape[1], target.features.shape[1]
+    if d_source != d_target:
+        raise InputError(
+            f"The source has {d_source} features and the target {d_target}: "
+            "take both from the same layer of the same model."
+        )
+    plan, cost = _coupling(source.features, target.features)
+    joint = (target.classes @ (source.classes @ plan).T).T
+    return float((plan * cost).sum()), joint
 
-def otce(features: np.ndarray,  # N x D, at target voxels
-         labels: np.ndarray,  # N, target classes
-         source_features: np.ndarray,  # Ns x D, of the same model at voxels of its own task
-         source_labels: np.ndarray,  # Ns, source classes
-         sample: int = 1000,  # at most so many voxels of each side, classes balanced
-         seed: int = 0,  # of the samples
-        ) -> float:  # -H(Y|Ys) in nats, in [-log C, 0], higher is better
+# %% ../nbs/13_scores.ipynb #837645a3
+def otce(
+    features: np.ndarray,  # N x D, at target voxels
+    labels: np.ndarray,  # N, target classes
+    source_features: np.ndarray,  # Ns x D, of the same model at voxels of its own task
+    source_labels: np.ndarray,  # Ns, source classes
+    sample: int = 1000,  # at most so many voxels of each side, classes balanced
+    seed: int = 0,  # of the samples
+) -> float:  # -H(Y|Ys) in nats, in [-log C, 0], higher is better
     """Negative conditional entropy of target given source classes, matched by optimal transport (Tan et al. 2021).
     Raises `InputError` for arrays that cannot be scored."""
-    return _negative_conditional_entropy(transport(features, labels, source_features, source_labels, sample, seed)[1])
+    _, joint = transport(features, labels, source_features, source_labels, sample, seed)
+    return _negative_conditional_entropy(joint)
 
 # %% ../nbs/13_scores.ipynb #a8b7a0a7
-def _gaussian(features: np.ndarray, rows=None) -> tuple:
-    "Mean, (D,), and a root R, (rank, D), of the covariance R'R (divisor n - 1)."
+class _Gaussian(NamedTuple):
+    "A Gaussian by its mean and a root of its covariance."
+
+    mean: np.ndarray  # (D,)
+    root: np.ndarray  # R, (rank, D): the covariance is R'R
+
+
+def _gaussian(
+    features: np.ndarray,  # N x D
+    rows: np.ndarray | None = None,  # positions of the rows wanted, two or more; all when None
+) -> _Gaussian:  # with the covariance's divisor n - 1
+    "The Gaussian with mean and covariance of some rows."
+    n = len(features) if rows is None else len(rows)
     mean = _mean(features, rows)
-    s, vectors = eigh(_scatter(features, mean, rows) / ((len(features) if rows is None else len(rows)) - 1))
+    s, vectors = eigh(_scatter(features, mean, rows) / (n - 1))
     kept = s > s[-1] * len(s) * np.finfo(float).eps
-    return mean, np.sqrt(s[kept])[:, None] * vectors[:, kept].T
+    return _Gaussian(mean, np.sqrt(s[kept])[:, None] * vectors[:, kept].T)
+
+# %% ../nbs/13_scores.ipynb #cffe14e0
+def _w2(
+    a: _Gaussian,  # one
+    b: _Gaussian,  # the other
+) -> float:  # in the features' unit, lower is closer
+    "Wasserstein-2 distance of two Gaussians."
+    overlap = svdvals(a.root @ b.root.T).sum() if len(a.root) and len(b.root) else 0.0
+    apart = ((a.mean - b.mean) ** 2).sum()
+    return float(np.sqrt(max(0.0, apart + (a.root**2).sum() + (b.root**2).sum() - 2 * overlap)))
 
 
-def _w2(a: tuple, b: tuple) -> float:
-    "Wasserstein-2 distance of two results of `_gaussian`."
-    overlap = svdvals(a[1] @ b[1].T).sum() if len(a[1]) and len(b[1]) else 0.0
-    return float(np.sqrt(max(0.0, ((a[0] - b[0]) ** 2).sum() + (a[1] ** 2).sum() + (b[1] ** 2).sum() - 2 * overlap)))
-
-
-def gaussian_w2(a: np.ndarray,  # n x D, n >= 2
-                b: np.ndarray,  # m x D, m >= 2
-               ) -> float:  # in the features' unit, lower is closer
+def gaussian_w2(
+    a: np.ndarray,  # n x D, n >= 2
+    b: np.ndarray,  # m x D, m >= 2
+) -> float:  # in the features' unit, lower is closer
     """Wasserstein-2 distance of the Gaussians with the means and covariances (divisor n - 1) of two samples.
     Raises `InputError` for samples of one row or of unequal width."""
     a, b = _features(a), _features(b)
     if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        raise InputError(f"Samples of shape {a.shape} and {b.shape} have no distance as Gaussians: give two rows or more, and the same features.")
+        raise InputError(
+            f"Samples of shape {a.shape} and {b.shape} have no distance as Gaussians: "
+            "give two rows or more, and the same features."
+        )
     return _w2(_gaussian(a), _gaussian(b))
 
+# %% ../nbs/13_scores.ipynb #6c87701c
+def _gaussians_by_case(
+    features: np.ndarray,  # N x D
+    rows: np.ndarray,  # positions of the rows of one class
+    case: np.ndarray,  # N, case of each row as a whole number from 0
+) -> list[_Gaussian]:  # one for each case with two of the rows or more
+    "The Gaussians of one class in the cases that show enough of it."
+    by_case = [rows[case[rows] == p] for p in range(case.max() + 1)]
+    return [_gaussian(features, some) for some in by_case if len(some) > 1]
+
+
+def _mean_w2(
+    gaussians: list[_Gaussian],  # two or more
+) -> float:  # in the features' unit, lower is closer
+    "Mean Wasserstein-2 distance over all pairs."
+    return np.mean([_w2(a, b) for j, b in enumerate(gaussians) for a in gaussians[:j]])
+
 # %% ../nbs/13_scores.ipynb #d6f767b5
-def class_consistency(features: np.ndarray,  # N x D, of one layer
-                      labels: np.ndarray,  # N, target classes
-                      cases: np.ndarray,  # N, the patient of each voxel
-                      background: int | None = None,  # a class to leave out; None: none
-                     ) -> float:  # mean W2 in the features' unit, lower is more consistent
-    "Mean over classes of the mean Wasserstein-2 distance of a class in two cases. Raises `InputError` when no class has two voxels in two cases."
+def class_consistency(
+    features: np.ndarray,  # N x D, of one layer
+    labels: np.ndarray,  # N, target classes
+    cases: np.ndarray,  # N, the patient of each voxel
+    background: int | None = None,  # a class to leave out; None: none
+) -> float:  # mean W2 in the features' unit, lower is more consistent
+    """Mean over classes of the mean Wasserstein-2 distance of a class in two cases.
+    Raises `InputError` when no class has two voxels in two cases."""
     features = _features(features)
-    names, codes = _groups(labels, len(features))
-    people, case = _groups(cases, len(features), "cases")
+    names, codes = _class_codes(labels, len(features))
+    people, case = _class_codes(cases, len(features), "cases")
     means = []
-    for c in (c for c, name in enumerate(names) if name != background):
-        rows = [np.flatnonzero((codes == c) & (case == p)) for p in range(len(people))]
-        seen = [_gaussian(features, r) for r in rows if len(r) > 1]
-        if len(seen) > 1: means.append(np.mean([_w2(a, b) for j, b in enumerate(seen) for a in seen[:j]]))
+    for c in np.flatnonzero([name != background for name in names]):
+        seen = _gaussians_by_case(features, np.flatnonzero(codes == c), case)
+        if len(seen) > 1:
+            means.append(_mean_w2(seen))
     if not means:
-        raise InputError(f"No class has two voxels in each of two of the {len(people)} cases: sample more voxels or more cases.")
+        raise InputError(
+            f"No class has two voxels in each of two of the {len(people)} cases: sample more voxels or more cases."
+        )
     return float(np.mean(means))
 
+# %% ../nbs/13_scores.ipynb #70e8e6d8
+def _inverse_energy(
+    directions: np.ndarray,  # n x D of length 1, two or more
+) -> float:  # at most about 2 (opposite directions), higher is more varied
+    "The inverse hyperspherical energy."
+    apart = pdist(directions, "sqeuclidean")
+    return 1 / (1 / np.sqrt(apart + 1e-3)).mean()
+
 # %% ../nbs/13_scores.ipynb #39571c0a
-def feature_variety(features: np.ndarray,  # N x D, of one layer
-                    cases: np.ndarray,  # N, the patient of each voxel
-                    sample: int = 1000,  # at most so many voxels of a case
-                    seed: int = 0,  # of the sample
-                   ) -> float:  # below 1.5, higher is more varied
+def feature_variety(
+    features: np.ndarray,  # N x D, of one layer
+    cases: np.ndarray,  # N, the patient of each voxel
+    sample: int = 1000,  # at most so many voxels of a case
+    seed: int = 0,  # of the sample
+) -> float:  # at most about 2 (opposite directions), higher is more varied
     """Mean over cases of the inverse hyperspherical energy of the features' directions.
     Raises `InputError` for a sample below two voxels, and for a case with fewer than two that have a direction."""
-    _whole("sample of a case", sample, 2)
-    _whole("seed", seed, 0)
+    _check_whole_number("sample of a case", sample, 2)
+    _check_whole_number("seed", seed, 0)
     features = _features(features)
-    people, case = _groups(cases, len(features), "cases")
+    people, case = _class_codes(cases, len(features), "cases")
     rng, inverse = np.random.default_rng(seed), []
     for name, rows in zip(people, _rows_of(case)):
-        f = np.asarray(features[rng.choice(rows, min(sample, len(rows)), replace=False)], np.float64)
+        sampled = rng.choice(rows, min(sample, len(rows)), replace=False)
+        f = np.asarray(features[sampled], np.float64)
         length = np.linalg.norm(f, axis=1)
-        if (length > 0).sum() < 2:
-            raise InputError(f"Case {name} has fewer than two sampled voxels with features other than 0: sample more voxels of it.")
-        apart = pdist(f[length > 0] / length[length > 0, None], "sqeuclidean")
-        inverse.append(1 / (1 / np.sqrt(apart + 1e-3)).mean())
+        there = length > 0
+        if there.sum() < 2:
+            raise InputError(
+                f"Case {name} has fewer than two sampled voxels with features other than 0: sample more voxels of it."
+            )
+        inverse.append(_inverse_energy(f[there] / length[there, None]))
     return float(np.mean(inverse))
 
 # %% ../nbs/13_scores.ipynb #33c24f02
-def cc_fv(features: np.ndarray,  # N x D, of one layer; add the scores of several layers
-          labels: np.ndarray,  # N, target classes
-          cases: np.ndarray,  # N, the patient of each voxel
-          background: int | None = None,  # a class to leave out of the consistency; None: none
-          sample: int = 1000,  # at most so many voxels of a case for the variety
-          seed: int = 0,  # of that sample
-         ) -> float:  # log of variety over consistency, higher is better
+def cc_fv(
+    features: np.ndarray,  # N x D, of one layer; add the scores of several layers
+    labels: np.ndarray,  # N, target classes
+    cases: np.ndarray,  # N, the patient of each voxel
+    background: int | None = None,  # a class to leave out of the consistency; None: none
+    sample: int = 1000,  # at most so many voxels of a case for the variety
+    seed: int = 0,  # of that sample
+) -> float:  # log of variety over consistency, higher is better
     """Class consistency and feature variety of one layer (Yang et al. 2023).
     Raises `InputError` for arrays that cannot be scored, or when every class is exactly the same in all cases."""
     consistency = class_consistency(features, labels, cases, background)
     if consistency == 0:
-        raise InputError("Every class has the same features in all cases, so that CC-FV is infinite: give cases that are different patients.")
+        raise InputError(
+            "Every class has the same features in all cases, so that CC-FV is infinite: "
+            "give cases that are different patients."
+        )
     return float(np.log(feature_variety(features, cases, sample, seed) / consistency))
 
 # %% ../nbs/13_scores.ipynb #081c2fc9
-SCORES = {"nce": (nce, ("softmax", "labels")),
-          "leep": (leep, ("softmax", "labels")),
-          "h_score": (h_score, ("features", "labels")),
-          "h_score_shrunk": (h_score_shrunk, ("features", "labels")),
-          "gbc": (gbc, ("features", "labels")),
-          "gbc_spherical": (partial(gbc, spherical=True), ("features", "labels")),
-          "transrate": (transrate, ("features", "labels")),
-          "logme": (logme, ("features", "labels")),
-          "otce": (otce, ("features", "labels", "source_features", "source_labels")),
-          "cc_fv": (cc_fv, ("features", "labels", "cases"))}  # name -> (function, the arrays it needs)
+SCORES = {
+    "nce": (nce, ("softmax", "labels")),
+    "leep": (leep, ("softmax", "labels")),
+    "h_score": (h_score, ("features", "labels")),
+    "h_score_shrunk": (h_score_shrunk, ("features", "labels")),
+    "gbc": (gbc, ("features", "labels")),
+    "gbc_spherical": (partial(gbc, spherical=True), ("features", "labels")),
+    "transrate": (transrate, ("features", "labels")),
+    "logme": (logme, ("features", "labels")),
+    "otce": (otce, ("features", "labels", "source_features", "source_labels")),
+    "cc_fv": (cc_fv, ("features", "labels", "cases")),
+}  # name -> (function, the arrays it needs)
 
-
-def score_all(**arrays,  # any of features, labels, softmax, source_features, source_labels, cases
-             ) -> dict:  # name of `SCORES` -> float, higher is better; NaN, with a warning, for a score that refuses its arrays
-    "Every score whose arrays are given. Raises `InputError` for an argument that no score needs."
-    known = dict.fromkeys(n for _, needs in SCORES.values() for n in needs)
+# %% ../nbs/13_scores.ipynb #919ca280
+def _refuse_unknown_arrays(
+    arrays: dict[str, Any],  # by name, as they were given
+) -> None:
+    "Raises `InputError` for an array that no score needs."
+    known = list(dict.fromkeys(name for _, needs in SCORES.values() for name in needs))
     for name in arrays:
         if name not in known:
             raise InputError(f"No score needs {name!r}: try {' or '.join(nearest(name, known) or known)}.")
+
+
+def score_all(
+    **arrays,  # any of features, labels, softmax, source_features, source_labels, cases
+) -> dict[str, float]:  # name of `SCORES` -> score, higher is better; NaN, with a warning, where it refuses its arrays
+    "Every score whose arrays are given. Raises `InputError` for an argument that no score needs."
+    _refuse_unknown_arrays(arrays)
     found = {}
     for name, (function, needs) in SCORES.items():
-        if not set(needs) <= set(arrays): continue
-        try: found[name] = function(**{n: arrays[n] for n in needs})
+        if not set(needs) <= set(arrays):
+            continue
+        try:
+            found[name] = function(**{need: arrays[need] for need in needs})
         except InputError as e:
             warnings.warn(f"{name}: {e}", stacklevel=2)
             found[name] = float("nan")

@@ -47,7 +47,7 @@ from seqtransfer.core import (
     write_json,
 )
 from seqtransfer.networks import (
-    Plan,
+    NetworkPlan,
     build_network,
     device,
     load_network,
@@ -137,7 +137,7 @@ def _stage_options(stage: Stage) -> dict[str, object]:
 
 def stage_name(
     stage: Stage,  # what is to be trained
-    plan: Plan,  # of the target
+    plan: NetworkPlan,  # of the target
     init: str | None = None,  # name of the stage before, or digest of a foreign checkpoint; None for fresh weights
     where: str | None = None,  # the machine that will train it, as `machine` says it; this one when None
 ) -> str:  # 16 hexadecimal digits
@@ -167,7 +167,7 @@ def _centres(mask: torch.Tensor) -> dict[str, torch.Tensor | np.ndarray]:
     return centres
 
 # %% ../nbs/31_training.ipynb #d737763b
-def _room(plan: Plan) -> float:
+def _room(plan: NetworkPlan) -> float:
     "Bytes that volumes may take on a GPU besides the training itself; 0 without a GPU."
     if device().type != "cuda":
         return 0
@@ -186,7 +186,7 @@ class PreparedCase(TypedDict):
     mask_bg: torch.Tensor  # flat indices of the background's voxels
 
 
-def _prepared(case: Case, plan: Plan) -> PreparedCase:
+def _prepared(case: Case, plan: NetworkPlan) -> PreparedCase:
     "Reads one case and brings it to the plan."
     image, mask = prepare(read_case(case), plan)
     image, mask = image.as_tensor().contiguous(), mask.as_tensor().contiguous()
@@ -195,7 +195,7 @@ def _prepared(case: Case, plan: Plan) -> PreparedCase:
 # %% ../nbs/31_training.ipynb #a327f2d1
 def prepare_task(
     task: Task,  # to be trained on
-    plan: Plan,  # of the target
+    plan: NetworkPlan,  # of the target
 ) -> list[PreparedCase]:  # in the order of the cases
     """Reads a task and brings it to the plan; raises what `read_case` raises, and `InputError` when no mask holds
     the label."""
@@ -252,7 +252,7 @@ def _nnunet(patch: tuple[int, ...], where: torch.device | None) -> list[transfor
     ]
 
 # %% ../nbs/31_training.ipynb #2abf01ea
-def _cut_size(plan: Plan, augmentation: str) -> tuple[int, ...]:
+def _cut_size(plan: NetworkPlan, augmentation: str) -> tuple[int, ...]:
     "How large a patch is cut: a quarter larger than the plan's where it is turned afterwards."
     if augmentation == "light":
         return plan.patch
@@ -260,7 +260,7 @@ def _cut_size(plan: Plan, augmentation: str) -> tuple[int, ...]:
 
 
 def patch_transform(
-    plan: Plan,  # decides the patch
+    plan: NetworkPlan,  # decides the patch
     seed: int = 0,  # of positions and augmentation
     augmentation: str = "light",  # of `AUGMENTATIONS`
     where: torch.device | None = None,  # where the volumes lie; on the CPU when None
@@ -360,7 +360,7 @@ def optimiser_for(
     return torch.optim.SGD(moving, lr=stage.lr, momentum=0.99, nesterov=True, weight_decay=3e-5)
 
 # %% ../nbs/31_training.ipynb #3af81970
-def _stacked(drawn: list, key: str, plan: Plan) -> torch.Tensor:
+def _stacked(drawn: list, key: str, plan: NetworkPlan) -> torch.Tensor:
     "Images or masks of drawn patches as B1HWD float32 on the device, in the plan's memory layout."
     stacked = torch.stack([convert_to_tensor(patch[key]) for patch in drawn]).to(device(), torch.float32)
     layout = torch.channels_last_3d if plan.channels_last else torch.contiguous_format
@@ -370,7 +370,7 @@ def _stacked(drawn: list, key: str, plan: Plan) -> torch.Tensor:
 def batches(
     data: list[PreparedCase],  # what `prepare_task` returned
     stage: Stage,  # seed, steps, augmentation
-    plan: Plan,  # patch and batch
+    plan: NetworkPlan,  # patch and batch
     first: int = 0,  # step to begin with
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # iterator over (image, mask), each B1HWD float32 on the device
     "The batches of a stage from one step on."
@@ -399,14 +399,14 @@ def ahead(
             item = waiting.popleft().result()
 
 # %% ../nbs/31_training.ipynb #162c108e
-def _precision(plan: Plan) -> contextlib.AbstractContextManager:
+def _precision(plan: NetworkPlan) -> contextlib.AbstractContextManager:
     "The context in which a network of this plan is computed."
     if plan.precision == "bfloat16":
         return torch.autocast(device().type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
-def _coarsest(plan: Plan) -> int:
+def _coarsest(plan: NetworkPlan) -> int:
     "Voxels along the shortest axis of the coarsest features."
     coarser = 2 ** (len(plan.channels) - 1)
     if plan.strides:
@@ -416,7 +416,7 @@ def _coarsest(plan: Plan) -> int:
 # %% ../nbs/31_training.ipynb #a7f964f7
 def ready(
     net: torch.nn.Module,  # fresh or loaded
-    plan: Plan,  # memory layout, compilation
+    plan: NetworkPlan,  # memory layout, compilation
 ) -> torch.nn.Module:  # the same, in training on the device
     """Brings a network to the device as its plan wants it; raises `InputError` for bfloat16 where torch computes it
     wrongly."""
@@ -440,7 +440,7 @@ def step_function(
     net: torch.nn.Module,  # on the device, in training
     optimiser: torch.optim.Optimizer,  # of its weights
     criterion: torch.nn.Module,  # of logits and mask
-    plan: Plan,  # precision
+    plan: NetworkPlan,  # precision
 ) -> Callable:  # function of image and mask, B1HWD, to the loss before the step, a scalar on the device
     "One optimiser step as a function of a batch."
 
@@ -459,7 +459,7 @@ def step_function(
     return step
 
 # %% ../nbs/31_training.ipynb #5a0d9b2d
-def _dice(net: torch.nn.Module, case: PreparedCase, plan: Plan) -> float:
+def _dice(net: torch.nn.Module, case: PreparedCase, plan: NetworkPlan) -> float:
     "Dice of one prepared case over the voxels that count."
     image, mask = case["image"][None].to(device()).float(), case["mask"][None].to(device()).float()
     with _precision(plan):
@@ -472,7 +472,7 @@ def _dice(net: torch.nn.Module, case: PreparedCase, plan: Plan) -> float:
 def mean_dice(
     net: torch.nn.Module,  # to be judged
     data: list[PreparedCase],  # prepared cases
-    plan: Plan,  # patch
+    plan: NetworkPlan,  # patch
 ) -> float:  # in [0, 1]
     "Mean Dice on prepared cases, on the plan's grid; the network is in training again afterwards."
     net.eval()
@@ -623,7 +623,7 @@ class _Course:
     written: float = field(default_factory=time.monotonic)  # when it was written down last, s
 
 
-def _begun(net: torch.nn.Module, stage: Stage, plan: Plan, keep: Path | str | None) -> _Course:
+def _begun(net: torch.nn.Module, stage: Stage, plan: NetworkPlan, keep: Path | str | None) -> _Course:
     "A stage at its beginning, or where it was written down."
     net = ready(net, plan)
     optimiser = optimiser_for(net, stage)
@@ -634,7 +634,7 @@ def _begun(net: torch.nn.Module, stage: Stage, plan: Plan, keep: Path | str | No
     return _Course(net, optimiser, losses, found.step, found.looks, found.best)
 
 # %% ../nbs/31_training.ipynb #f2496c68
-def _judge(course: _Course, held: list[PreparedCase], plan: Plan) -> None:
+def _judge(course: _Course, held: list[PreparedCase], plan: NetworkPlan) -> None:
     "Takes Dice on the held-out cases, and keeps the weights when none were better so far."
     dice = mean_dice(course.net, held, plan)
     course.looks.append(dice)
@@ -662,7 +662,7 @@ def _tell(log: Callable, course: _Course, stage: Stage) -> None:
         log("Dice of held-out cases", course.looks[-1], course.made)
 
 
-def _observe(course: _Course, stage: Stage, plan: Plan, held: list[PreparedCase], log: Callable | None) -> None:
+def _observe(course: _Course, stage: Stage, plan: NetworkPlan, held: list[PreparedCase], log: Callable | None) -> None:
     "What is done after a step where a part of the stage ends."
     i = course.made - 1
     if _ends_part(i, stage, 100):
@@ -707,7 +707,7 @@ def train(
     net: torch.nn.Module,  # starts from the weights it has
     data: list[PreparedCase],  # what `prepare_task` returned
     stage: Stage,  # steps, learning rate, seed, options
-    plan: Plan,  # patch, batch, precision
+    plan: NetworkPlan,  # patch, batch, precision
     keep: Path | str | None = None,  # file in which the state is kept every minute and taken up from; None for none
     log: Callable | None = None,  # is told (name, value, step) of loss, learning rate and Dice of held-out cases
 ) -> pd.DataFrame:  # columns step, loss, rate, held out (Dice): means over at most 20 equal parts of the stage
@@ -753,7 +753,7 @@ def _from_elsewhere(init: Pretrained, net: torch.nn.Module, modality: str) -> st
 # %% ../nbs/31_training.ipynb #97995b34
 def begin(
     stage: Stage,  # its seed, task and head
-    plan: Plan,  # of the target
+    plan: NetworkPlan,  # of the target
     init: object = None,  # `Trained`, `Pretrained`, or None for fresh weights
 ) -> tuple[torch.nn.Module, str]:  # (network on the CPU, what was loaded, in words)
     "The network that a stage starts from; raises `InputError` for weights that cannot be used."
@@ -820,7 +820,7 @@ def about(
     return {"task": task.name, "modality": task.modality, "label": task.label}
 
 
-def _record(stage: Stage, plan: Plan, init: Trained | Pretrained | None, said: str) -> dict[str, object]:
+def _record(stage: Stage, plan: NetworkPlan, init: Trained | Pretrained | None, said: str) -> dict[str, object]:
     "What `stage.json` says of a stage besides its curve."
     start = {"init": init.name if init else None, "begins with": said}
     where = {"plan": asdict(plan), "where": machine()}
@@ -832,7 +832,7 @@ def _columns(curve: pd.DataFrame) -> dict[str, list[object]]:
     return curve.astype(object).where(curve.notna(), None).to_dict("list")
 
 # %% ../nbs/31_training.ipynb #0486e987
-def _train_stage(stage: Stage, plan: Plan, here: Path, init: Trained | Pretrained | None) -> Trained:
+def _train_stage(stage: Stage, plan: NetworkPlan, here: Path, init: Trained | Pretrained | None) -> Trained:
     "A stage from where it was left to its end."
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -854,7 +854,7 @@ def _train_stage(stage: Stage, plan: Plan, here: Path, init: Trained | Pretraine
 # %% ../nbs/31_training.ipynb #b10899f4
 def run_stage(
     stage: Stage,  # what to train
-    plan: Plan,  # of the target
+    plan: NetworkPlan,  # of the target
     folder: Path | str,  # where stages are kept
     init: Trained | Pretrained | None = None,  # the stage before, weights from elsewhere, or None for fresh weights
 ) -> Trained:  # the checkpoint and its curve
@@ -869,7 +869,7 @@ def run_stage(
         return finished(here) or _train_stage(stage, plan, here, init)
 
 # %% ../nbs/31_training.ipynb #a6959aa8
-def _mean_network(models: list[Trained], plan: Plan) -> torch.nn.Module:
+def _mean_network(models: list[Trained], plan: NetworkPlan) -> torch.nn.Module:
     "A network with the mean weights of several models."
     nets = [load_network(model.model, plan) for model in models]
     mean = {}
@@ -889,7 +889,7 @@ def _common_origin(models: list[Trained]) -> dict[str, object]:
 # %% ../nbs/31_training.ipynb #c341c731
 def average(
     models: list[Trained],  # all under one plan
-    plan: Plan,  # their plan
+    plan: NetworkPlan,  # their plan
     folder: Path | str,  # where stages are kept
 ) -> Trained:  # without a curve of its own
     "The mean of the weights of several stages."

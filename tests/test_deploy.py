@@ -30,7 +30,7 @@ from seqtransfer.deploy import (
 from seqtransfer.evaluation import predict
 from seqtransfer.networks import (
     NETWORKS,
-    Plan,
+    NetworkPlan,
     build_network,
     kernels_and_strides,
     load_network,
@@ -43,10 +43,10 @@ from seqtransfer.tasks import Volume
 SPACING, PATCH = (2.0, 2.0, 2.0), (16, 16, 16)
 KERNELS, STRIDES = kernels_and_strides(SPACING, PATCH)
 PLANS = {
-    "unet": Plan(SPACING, PATCH, (4, 8, 16)),
-    "segresnet": Plan(SPACING, PATCH, (8, 16), network="segresnet"),
-    "dynunet": Plan(SPACING, PATCH, (4, 8, 16)[: len(STRIDES)], network="dynunet", kernels=KERNELS, strides=STRIDES),
-    "bfloat16": Plan(SPACING, PATCH, (4, 8, 16), precision="bfloat16"),
+    "unet": NetworkPlan(SPACING, PATCH, (4, 8, 16)),
+    "segresnet": NetworkPlan(SPACING, PATCH, (8, 16), network="segresnet"),
+    "dynunet": NetworkPlan(SPACING, PATCH, (4, 8, 16)[: len(STRIDES)], network="dynunet", kernels=KERNELS, strides=STRIDES),
+    "bfloat16": NetworkPlan(SPACING, PATCH, (4, 8, 16), precision="bfloat16"),
 }
 ABOUT = {"task": "LesionA-FLAIR-WMH", "modality": "FLAIR", "label": "WMH"}
 GEOMETRY = ("dim", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "qoffset_x")

@@ -21,12 +21,12 @@ from seqtransfer.core import InputError, seed_for
 from seqtransfer.datasets import read_pool
 from seqtransfer.evaluation import predict
 from seqtransfer.features import Drawn, SourceModel, default_layer, features, layers, score_matrix, score_pool
-from seqtransfer.networks import Plan, build_network, device, prepare, save_network
+from seqtransfer.networks import NetworkPlan, build_network, device, prepare, save_network
 from seqtransfer.paths import best_paths
 from seqtransfer.protocol import protocol
 from seqtransfer.tasks import Volume, read_case
 
-PLAN = Plan((1.0, 1.0, 1.0), (16, 16, 16), (4, 8, 16))
+PLAN = NetworkPlan((1.0, 1.0, 1.0), (16, 16, 16), (4, 8, 16))
 SOURCES = "TumourA-FLAIR-ED", "LesionA-FLAIR-WMH", "Infant-T1-GM"
 
 
@@ -37,7 +37,7 @@ def split(zoo):
 
 @pytest.fixture(scope="module")
 def plan(split):
-    return Plan(tuple(read_case(split.train.cases[0]).spacing), (16, 16, 16), (4, 8, 16))
+    return NetworkPlan(tuple(read_case(split.train.cases[0]).spacing), (16, 16, 16), (4, 8, 16))
 
 
 @pytest.fixture(scope="module")

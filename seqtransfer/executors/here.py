@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import progress, replacing
+from ..core import progress, read_json, replacing
 from ..evaluation import evaluate, overlays
 from ..folders import overlay_file, result_file, stages_folder
 from ..networks import load_network
