@@ -18,8 +18,8 @@ help:
 	@echo "make export     package and templates from the notebooks; make readme: README.md from nbs/index.ipynb"
 	@echo "make notebooks  execute every notebook in place, clean, export, readme"
 	@echo "make record     run demo and test in a fresh clone and keep what they printed for the README"
-	@echo "make transfer   does transfer between phantom tasks look like transfer? trains 16 sources for 4 targets, five seeds (about 20 minutes)"
-	@echo "make compare    all arms of the protocol on a phantom target with three seeds (under 10 minutes)"
+	@echo "make transfer   does transfer between phantom tasks look like transfer? trains 16 sources for 4 targets, five seeds (about 30 minutes)"
+	@echo "make compare    all arms of the protocol on a phantom target with three seeds (about 15 minutes)"
 	@echo "make grid       every sequence of two of six phantom sources, for two targets and three seeds (under 15 minutes)"
 	@echo "make bench      the affinity against reading the files and the paper's loop; the training loop against its passes alone; the engine against the function it calls (about 25 minutes; 0.7 GB of phantom volumes stay in the cache)"
 	@echo "make clean      remove what demo left; the environment stays"
@@ -82,13 +82,13 @@ record: $(READY)
 	bash nbs/records/record.sh
 
 transfer: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/transfer.py demo/transfer
+	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/study.py transfer demo/transfer
 
 compare: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/compare.py demo/compare
+	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/study.py compare demo/compare
 
 grid: $(READY)
-	$(BIN)/python nbs/records/grid.py demo/grid
+	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/study.py grid demo/grid
 
 bench: $(READY)
 	SEQTRANSFER_BENCH_RECORD=$(RECORD) $(BIN)/python -m pytest tests/bench_affinity.py tests/bench_training.py tests/bench_grid.py -q -s

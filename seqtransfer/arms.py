@@ -66,17 +66,23 @@ class Choice:
     pool: tuple[str, ...] = ()  # names of all sources
 
 
-def whole(path: tuple[str, ...]) -> tuple[str, ...]:
+def whole(
+    path: tuple[str, ...],  # names of its sources
+) -> tuple[str, ...]:  # all of them
     "All sources of a path."
     return path
 
 
-def first(path: tuple[str, ...]) -> tuple[str, ...]:
+def first(
+    path: tuple[str, ...],  # names of its sources
+) -> tuple[str, ...]:  # one of them
     "The first source of a path."
     return path[:1]
 
 
-def last(path: tuple[str, ...]) -> tuple[str, ...]:
+def last(
+    path: tuple[str, ...],  # names of its sources
+) -> tuple[str, ...]:  # one of them
     "The last source of a path."
     return path[-1:]
 

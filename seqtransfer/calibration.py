@@ -283,7 +283,7 @@ def _gp_sampler(seed: int):
 
 
 @contextmanager
-def _silent(optuna) -> Iterator[None]:
+def _silently(optuna) -> Iterator[None]:
     "Keeps optuna from naming every trial, and from advising greenlet."
     told = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -306,7 +306,7 @@ def _by_gaussian_process(rows: pd.DataFrame, terms: Sequence[str], seed: int) ->
         no_cost_at_all = not weights.any()
         return -1.0 if no_cost_at_all else float(agreement(rows, terms, weights).mean())
 
-    with _silent(optuna):
+    with _silently(optuna):
         study = optuna.create_study(sampler=sampler, direction="maximize")
         study.optimize(value, n_trials=EVALUATIONS)
     best = np.array([study.best_params[term] for term in terms])
@@ -483,7 +483,7 @@ def _judge_target(cost, dice, draws, counts, ks) -> dict[str, _Judged]:
     return {measure: _Judged(values[measure], many[measure]) for measure in values}
 
 # %% ../nbs/35_calibration.ipynb #7f6faf02
-def _judge(rows: pd.DataFrame, predictor: str, draws: np.ndarray, ks) -> dict[str, _Judged]:
+def _judge_weights(rows: pd.DataFrame, predictor: str, draws: np.ndarray, ks) -> dict[str, _Judged]:
     "Measures of one column of costs, by target and (B, S) draws of the paths that `rows` number as `item`."
     paths = draws.shape[1]
     counts = np.stack([np.bincount(draw, minlength=paths) for draw in draws])
@@ -523,7 +523,7 @@ def _scores(rows: pd.DataFrame, predictors: Sequence[str], ks, seed: int) -> tup
     rows = rows.assign(item=rows["path"].map(number))
     draws = rng.integers(len(number), size=(RESAMPLES, len(number)))
     which = rng.integers(len(targets), size=(RESAMPLES, len(targets)))
-    judged = {predictor: _judge(rows, predictor, draws, ks) for predictor in progress(predictors, "resampling")}
+    judged = {predictor: _judge_weights(rows, predictor, draws, ks) for predictor in progress(predictors, "resampling")}
     given = judged["weights as given"]
     judged[GAIN] = {}
     for measure, ours in judged[LEFT_OUT].items():
@@ -554,12 +554,8 @@ class Calibration:
 
     weights: dict[str, float]  # term -> weight >= 0 of the term as it is in the affinity, fitted to all targets
     folds: tuple[dict[str, object], ...]  # per target: target, weights (fitted without it), fitted_on (which targets)
-    scores: tuple[
-        dict[str, object], ...
-    ]  # predictor, target (or "mean" over targets), measure, value, low, high (95 %)
-    parameters: dict[str, object] = field(
-        default_factory=dict
-    )  # terms, units, search, k, lam, seed, transfers (number)
+    scores: tuple[dict[str, object], ...]  # predictor, target (or "mean"), measure, value, low, high (95 %)
+    parameters: dict[str, object] = field(default_factory=dict)  # terms, units, search, k, lam, seed, transfers
 
     def frame(self) -> pd.DataFrame:  # columns predictor, target, measure, value, low, high
         "All scores as numbers."
@@ -632,7 +628,7 @@ def _search_asked(affinity: Affinity, terms: Sequence[str], search: str | None) 
     return search
 
 # %% ../nbs/35_calibration.ipynb #8cecc95a
-def _check_numbers(ks: Sequence[int], lam: float, seed: int):
+def _check_search_numbers(ks: Sequence[int], lam: float, seed: int):
     "Raises `InputError` for a number that cannot be used."
     for k in ks:
         _check_tries(k)
@@ -724,8 +720,7 @@ def calibrate(
     search: str | None = None,  # "grid" or "bayes"; None: the grid for two terms, unless in the paper's mode
     k: Sequence[int] | int = (1, 3),  # how many of the nearest, for regret@k
     lam: float = 1.0,  # of the path cost, as in `best_paths`
-    groups: Mapping[str, Hashable]
-    | None = None,  # task -> group with its patients; None: data set and site; {}: itself
+    groups: Mapping[str, Hashable] | None = None,  # task -> its patients' group; None: data set and site; {}: itself
     seed: int = 0,  # of the Bayesian optimisation and the resampling
 ) -> Calibration:  # weights, and how such weights do on targets left out, next to baselines
     """Fits non-negative weights so that a higher cost means a lower Dice, and judges them on targets left out.
@@ -736,7 +731,7 @@ def calibrate(
     terms = _terms_asked(affinity, terms)
     search = _search_asked(affinity, terms, search)
     ks = tuple(k) if np.iterable(k) else (k,)
-    _check_numbers(ks, lam, seed)
+    _check_search_numbers(ks, lam, seed)
     rows, units = _priced(affinity, measured, terms, lam)
     groups = _patient_groups(affinity) if groups is None else groups
     fits = _fit_all(rows, terms, groups, search, seed)

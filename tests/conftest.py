@@ -1,4 +1,5 @@
 "What several tests share: a small phantom zoo, the real data where they are, the command line as a stranger uses it."
+
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from hypothesis import settings
 ROOT = Path(__file__).parent.parent
 COMMAND = sys.executable, "-c", "from seqtransfer.cli import main; main()"
 
-# The same examples at every run, so that what passes here passes elsewhere; `--hypothesis-profile=default` looks for new ones.
+# The same examples at every run, so that what passes here passes elsewhere;
+# `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
@@ -25,6 +27,7 @@ def cache(tmp_path_factory):
 def zoo(tmp_path_factory):
     "Six data sets of five phantom patients, 24 voxels a side."
     from seqtransfer.zoo import write_zoo
+
     return write_zoo(tmp_path_factory.mktemp("phantom") / "zoo", size=24, cases=5)
 
 
@@ -39,5 +42,11 @@ def realdata():
 
 def seqtransfer(*args, cwd=None, timeout=300, **env):
     "Runs the command line in a process of its own."
-    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout,
-                          env={**os.environ, "COLUMNS": "200", **env})
+    return subprocess.run(
+        [*COMMAND, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        env={**os.environ, "COLUMNS": "200", **env},
+    )

@@ -45,7 +45,9 @@ KERNELS, STRIDES = kernels_and_strides(SPACING, PATCH)
 PLANS = {
     "unet": NetworkPlan(SPACING, PATCH, (4, 8, 16)),
     "segresnet": NetworkPlan(SPACING, PATCH, (8, 16), network="segresnet"),
-    "dynunet": NetworkPlan(SPACING, PATCH, (4, 8, 16)[: len(STRIDES)], network="dynunet", kernels=KERNELS, strides=STRIDES),
+    "dynunet": NetworkPlan(
+        SPACING, PATCH, (4, 8, 16)[: len(STRIDES)], network="dynunet", kernels=KERNELS, strides=STRIDES
+    ),
     "bfloat16": NetworkPlan(SPACING, PATCH, (4, 8, 16), precision="bfloat16"),
 }
 ABOUT = {"task": "LesionA-FLAIR-WMH", "modality": "FLAIR", "label": "WMH"}

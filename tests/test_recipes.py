@@ -109,7 +109,8 @@ def test_a_network_and_an_arm(package):
     holds(package, """
         from seqtransfer.datasets import read_pool
         import torch
-        from seqtransfer.networks import Plan, build_network, load_network, parts, save_network
+        from seqtransfer.networks import build_network, load_network, parts, save_network
+        from seqtransfer.plans import Plan
         from seqtransfer.plots import ARM_COLOURS
         from seqtransfer.arms import ARMS, arm_path, arm_sources
         from seqtransfer.results import arm_files

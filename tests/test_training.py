@@ -18,7 +18,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from seqtransfer.core import read_json
 from seqtransfer.datasets import read_pool
 from seqtransfer.evaluation import evaluate
-from seqtransfer.networks import NETWORKS, NetworkPlan, build_network, device, load_network, plan_for, prepare, read_about
+from seqtransfer.networks import (
+    NETWORKS,
+    NetworkPlan,
+    build_network,
+    device,
+    load_network,
+    plan_for,
+    prepare,
+    read_about,
+)
 from seqtransfer.tasks import read_case, read_task
 from seqtransfer.training import Pretrained, Stage, patch_transform, prepare_task, run_stage
 from seqtransfer.study import Recipe

@@ -23,7 +23,7 @@ from ..evaluation import evaluate
 from ..folders import affinity_folder, run_stem, stages_folder, target_folder
 from ..jobs import Job, do_job, left_to_do
 from ..networks import build_network
-from ..plans import ArmRun, Carried, Failure, Plan, StageRef, begin, ignore, plan, write_plan
+from ..plans import ArmRun, Carried, Failure, Plan, StageRef, begin_study, ignore, plan, write_plan
 from ..questions import OpenStudy, Question
 from ..study import Study
 from ..tasks import Task, TaskPool
@@ -307,7 +307,7 @@ def plan_summary(
     }
 
 # %% ../../nbs/48_executors.notebooks.ipynb #24200b97
-def _arm_row(runs: list[ArmRun]) -> dict[str, object]:
+def _planned_arm(runs: list[ArmRun]) -> dict[str, object]:
     "The runs of one arm for one target."
     costs = [round(run.cost, 9) for run in runs if run.cost is not None]
     nearest = next(r for r in runs if r.cost is not None and round(r.cost, 9) == min(costs)) if costs else runs[0]
@@ -328,7 +328,7 @@ def plan_table(
     groups = {}
     for run in planned.runs:
         groups.setdefault((run.target, run.arm), []).append(run)
-    return pd.DataFrame([_arm_row(runs) for runs in groups.values()])
+    return pd.DataFrame([_planned_arm(runs) for runs in groups.values()])
 
 # %% ../../nbs/48_executors.notebooks.ipynb #c3e43ebd
 def failure_of(
@@ -364,7 +364,7 @@ class Notebooks:
         "Does what is left of a study; one notebook that fails leaves the others alone."
         out, threads = Path(out).absolute(), self.threads or torch.get_num_threads()
         study_parameters(opened.study, opened.study.targets[0], 0)
-        planned = begin(opened, out, machine(threads))
+        planned = begin_study(opened, out, machine(threads))
         jobs = [replace(job, keep=self.keep) for job in jobs_of(planned, out, threads)]
         write_plan(out, planned, map(asdict, jobs))
         todo = left_to_do(out, jobs)
@@ -372,6 +372,16 @@ class Notebooks:
         ended = one_by_one(todo, out, self.limit, show)
         failed = tuple(failure_of(out, j, ended[j.id]) for j in todo if ended[j.id]["state"] != "done")
         return Carried(planned, sum(o.get("fresh", False) for o in ended.values()), failed)
+
+
+def _teller(show: Callable, job: Job) -> Callable:
+    "A function that tells each line of a notebook."
+
+    def tell(line):
+        show({"what": "line", "id": job.id, "line": line})
+
+    tell("begins")
+    return tell
 
 
 def one_by_one(
@@ -387,8 +397,6 @@ def one_by_one(
         if stop:
             ended[job.id] = {"id": job.id, "state": "waiting", "error": f"waits for {stop}"}
         else:
-            show({"what": "line", "id": job.id, "line": "begins"})
-            tell = lambda line: show({"what": "line", "id": job.id, "line": line})
-            ended[job.id] = do_job(asdict(job), out, limit, tell)
+            ended[job.id] = do_job(asdict(job), out, limit, _teller(show, job))
         show({"what": "end", "job": job, "outcome": ended[job.id], "ended": len(ended), "left": None})
     return ended
