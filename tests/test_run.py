@@ -1,4 +1,5 @@
 "Runs as a user starts them: real processes, real kernels, killed and started again."
+
 import json
 import os
 import signal
@@ -13,13 +14,16 @@ import pandas as pd
 import pytest
 from conftest import COMMAND, ROOT, seqtransfer
 
-from seqtransfer.notebooks import read_result
-from seqtransfer.runs import best_arm
-from seqtransfer.protocol import protocol
 from seqtransfer.datasets import read_pool
-from seqtransfer.results import read_results
+from seqtransfer.notebooks import TEMPLATES, read_result
+from seqtransfer.protocol import protocol
+from seqtransfer.results import best_arm, read_results
 
-ARGS = ("--target", "TumourB-FLAIR-ED", "--shots", "2", "--steps", "60", "--target-steps", "20", "--arms", "scratch,direct-choice,sequential")
+TARGET = "TumourB-FLAIR-ED"
+ARMS = ["scratch", "direct-choice", "sequential"]
+SPLIT = ("--target", TARGET, "--shots", "2")
+ARGS = (*SPLIT, "--steps", "60", "--target-steps", "20", "--arms", ",".join(ARMS))
+FEW = (*SPLIT, "--steps", "10", "--target-steps", "5")
 
 
 @pytest.fixture(scope="module")
@@ -37,106 +41,216 @@ def state(out):
     return {p: p.stat().st_mtime_ns for p in (*stages, *out.glob("arms/*.json"))}
 
 
-def test_a_run_leaves_what_it_says(finished):
+def arm_result(out, arm, seed=0):
+    "What a run of an arm left in `arms`."
+    return json.loads((out / "arms" / f"{arm}-seed{seed}.json").read_text())
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_progress_is_a_line_for_each_notebook(finished):
+    _, done = finished
+    told = done.stderr.splitlines()
+    assert "0 of 4 notebooks were done before, 4 are left" in told
+    lines = [line for line in told if line.startswith("[")]
+    ended = [line.split(";")[0] for line in lines]
+    jobs = [f"{TARGET}/{name}-seed0" for name in ("affinity", *ARMS)]
+    assert ended == [f"[{place}/4] {job} done" for place, job in enumerate(jobs, 1)]
+    assert lines[-1].endswith("6 of 6 stages")  # one of scratch, two of the nearest source, three of the path
+
+
+def test_the_table_holds_every_arm(finished):
     out, done = finished
-    arms = ["scratch", "direct-choice", "sequential"]
-    assert all(arm in done.stdout for arm in arms) and "report.html" in done.stdout and "[5/5]" in done.stderr
     table = pd.read_csv(out / "dice.csv")
-    assert table.arm.tolist() == arms and table.cases.eq(3).all() and table.dice.between(0, 1).all() and (table.low <= table.dice).all()
+    assert table.arm.tolist() == ARMS
     assert table.steps.tolist() == [20, 80, 80]
-    for arm in arms:
-        result = read_result(out / "notebooks" / f"arm-{arm}.ipynb")
-        assert result == json.loads((out / "arms" / f"{arm}-seed0.json").read_text())
-        assert table.set_index("arm").dice[arm] == pytest.approx(sum(c["dice"] for c in result["cases"]) / 3)
-    html = (out / "report.html").read_text()
-    assert html.count("data:image/png;base64") >= 4 and "TumourB-FLAIR-ED" in html
-    for arm in arms: assert str(out / json.loads((out / "arms" / f"{arm}-seed0.json").read_text())["model"]) in done.stdout
+    assert table.cases.eq(3).all()
+    assert table.dice.between(0, 1).all()
+    assert (table.low <= table.dice).all()
+    assert all(arm in done.stdout for arm in ARMS)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_table_notebook_and_result_say_the_same(finished, arm):
+    out, _ = finished
+    result = read_result(out / "notebooks" / f"{arm}-seed0.ipynb")
+    assert result == arm_result(out, arm)
+    mean = sum(c["dice"] for c in result["cases"]) / 3
+    assert pd.read_csv(out / "dice.csv").set_index("arm").dice[arm] == pytest.approx(mean)
+
+
+def test_the_report_shows_its_figures(finished):
+    html = (finished[0] / "report.html").read_text()
+    assert html.count("data:image/png;base64") >= 4
+    assert TARGET in html
+
+
+def test_the_end_says_where_everything_is(finished):
+    out, done = finished
+    assert "report.html" in done.stdout
+    for arm in ARMS:
+        assert str(out / arm_result(out, arm)["model"]) in done.stdout
+    table = pd.read_csv(out / "dice.csv")
     best = table[table.arm != "scratch"].set_index("arm").dice.idxmax()
-    assert f"seqtransfer predict {out / json.loads((out / 'arms' / f'{best}-seed0.json').read_text())['model']} " in done.stdout and f"tensorboard --logdir {out / 'stages'}" in done.stdout
+    assert f"seqtransfer predict {out / arm_result(out, best)['model']} " in done.stdout
+    assert f"tensorboard --logdir {out / 'stages'}" in done.stdout
+
+
+def test_everything_of_one_target_lies_in_the_folder_itself(finished):
+    out, _ = finished
+    written = (
+        *("run.json", "plan.json", "protocol-seed0.json", "report.html", "dice.csv", "cases.csv"),
+        *("table.parquet", "table.csv", "jobs.csv"),
+        *(f"affinity-seed0/{name}" for name in ("affinity.csv", "affinity.json", "paths.csv", "path.json")),
+        *(f"overlays/{arm}-seed0.npz" for arm in ARMS),
+    )
+    assert [name for name in written if not (out / name).exists()] == []
+    assert not (out / "targets").exists()
 
 
 def test_the_protocol_is_kept(finished, zoo):
     out, _ = finished
-    split = protocol(read_pool(zoo), "TumourB-FLAIR-ED", 2)
+    split = protocol(read_pool(zoo), TARGET, 2)
     said = json.loads((out / "protocol-seed0.json").read_text())
-    assert said["test patients"] == list(split.test.patients) and said["removed cases"] == split.removed
-    assert split.removed == {f"TumourB-{m}-{x}": 3 for m in ("FLAIR", "T2") for x in ("NCR", "ED", "ET") if (m, x) != ("FLAIR", "ED")}
-    for arm in ("direct-choice", "sequential"):
-        result = json.loads((out / "arms" / f"{arm}-seed0.json").read_text())
-        assert {c["patient"] for c in result["cases"]} == set(split.test.patients)
-    near = json.loads((out / "affinity.json").read_text())["parameters"]
-    assert near["tasks"]["TumourB-FLAIR-ED"]["cases"] == 2
+    assert said["test patients"] == list(split.test.patients)
+    assert said["removed cases"] == split.removed
+    others = [(m, x) for m in ("FLAIR", "T2") for x in ("NCR", "ED", "ET") if (m, x) != ("FLAIR", "ED")]
+    assert split.removed == {f"TumourB-{m}-{x}": 3 for m, x in others}
+    for arm in ARMS:
+        assert {c["patient"] for c in arm_result(out, arm)["cases"]} == set(split.test.patients)
+    near = json.loads((out / "affinity-seed0" / "affinity.json").read_text())["parameters"]
+    assert near["tasks"][TARGET]["cases"] == 2
 
 
 def test_every_executed_notebook_shows_its_figures(finished):
     out, _ = finished
     overlays = len({"sequential", best_arm(read_results(out))})
-    figures = {"affinity": 2, "arm-scratch": 2, "arm-sequential": 2, "report": 5 + overlays}
+    figures = {"affinity-seed0": 2, "scratch-seed0": 2, "sequential-seed0": 2, "report": 5 + overlays}
     for name, n in figures.items():
         nb = nbformat.read(out / "notebooks" / f"{name}.ipynb", 4)
-        assert sum("image/png" in o.get("data", {}) for c in nb.cells for o in c.get("outputs", [])) == n, name
+        outputs = [o for c in nb.cells for o in c.get("outputs", [])]
+        assert sum("image/png" in o.get("data", {}) for o in outputs) == n, name
+
+
+# ---------------------------------------------------------------- the same folder again
 
 
 def test_the_same_command_again_trains_nothing(finished, zoo):
     out, _ = finished
     before = state(out)
     again = seqtransfer("run", zoo, "--out", out, *ARGS, "--json")
-    assert again.returncode == 0 and again.stderr.count("was done before") == 4 and state(out) == before
-    assert [r["arm"] for r in json.loads(again.stdout)] == ["scratch", "direct-choice", "sequential"]
+    assert again.returncode == 0, again.stderr
+    assert "4 of 4 notebooks were done before, 0 are left" in again.stderr
+    assert state(out) == before
+    assert [r["arm"] for r in json.loads(again.stdout)] == ARMS
 
 
-def test_another_run_is_refused_in_the_same_folder(finished, zoo):
+@pytest.mark.parametrize(
+    "option, value, said", [("--shots", 3, "shots = 2, and 3 was asked for"), ("--steps", 61, "'source_steps': 61")]
+)
+def test_another_run_is_refused_in_the_same_folder(finished, zoo, option, value, said):
     out, _ = finished
-    other = seqtransfer("run", zoo, "--out", out, *ARGS, "--seed", 1)
-    assert other.returncode == 2 and "seed = 0" in other.stderr and "Traceback" not in other.stderr
+    before = state(out)
+    other = seqtransfer("run", zoo, "--out", out, *ARGS, option, value)
+    assert other.returncode == 2
+    assert said in other.stderr
+    assert "choose another output folder" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert state(out) == before
 
 
 def test_a_report_can_be_written_again(finished):
     out, first = finished
     written = out / "dice.csv", out / "cases.csv", out / "report.html", out / "figures" / "dice.png"
-    for p in written: p.unlink()
+    for p in written:
+        p.unlink()
     again = seqtransfer("report", out)
-    assert again.returncode == 0 and again.stdout == first.stdout
+    assert again.returncode == 0
+    assert again.stdout == first.stdout
     assert all(p.exists() for p in written)
+
+
+def test_more_seeds_and_arms_join_a_run_and_find_its_stages(zoo, tmp_path):
+    out = tmp_path / "run"
+    first = seqtransfer("run", zoo, "--out", out, *FEW, "--arms", "scratch,sequential")
+    assert first.returncode == 0, first.stderr
+    before = state(out)
+    assert len(before) == 2 * 4 + 2  # four stages of two files, two results
+    arms = ("--arms", "scratch,sequential,averaged")
+    more = seqtransfer("run", zoo, "--out", out, *FEW, *arms, "--seeds", "0,1", "--json")
+    assert more.returncode == 0, more.stderr
+    assert "3 of 10 notebooks were done before, 7 are left" in more.stderr  # the affinity and two arms
+    assert {p: t for p, t in state(out).items() if p in before} == before
+    seeds = pd.read_csv(out / "cases.csv").groupby("arm").seed.unique().map(list).to_dict()
+    assert seeds == {"scratch": [0, 1], "sequential": [0, 1], "averaged": [0, 1]}
+    asked = json.loads((out / "run.json").read_text())
+    assert asked["seeds"] == [0, 1]
+    assert asked["arms"] == ["scratch", "sequential", "averaged"]
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bits(finished, zoo, tmp_path):
     expected, _ = finished
     out, args = tmp_path / "run", (*ARGS[:-1], "sequential")
-    started = subprocess.Popen([*COMMAND, "run", str(zoo), "--out", str(out), *args], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    started = subprocess.Popen([*COMMAND, "run", zoo, "--out", out, *args], start_new_session=True, **quiet)
     deadline = time.monotonic() + 240
-    while not list(out.glob("stages/*/stage.json")):  # the first of three stages is on disk: it is killed in the middle of the arm
-        assert started.poll() is None and time.monotonic() < deadline
+    while not list(out.glob("stages/*/stage.json")):  # the first of three stages: killed in the middle of the arm
+        assert started.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()
-    assert not (out / "arms" / "sequential-seed0.json").exists() and not (out / "dice.csv").exists()
+    assert not (out / "arms" / "sequential-seed0.json").exists()
+    assert not (out / "dice.csv").exists()
     before = state(out)
     resumed = seqtransfer("run", zoo, "--out", out, *args)
-    assert resumed.returncode == 0 and resumed.stderr.count("was done before") == 1
+    assert resumed.returncode == 0, resumed.stderr
+    assert "1 of 2 notebooks were done before, 1 are left" in resumed.stderr
     assert {p: t for p, t in state(out).items() if p in before} == before  # no finished stage was trained again
-    a, b = (json.loads((folder / "arms" / "sequential-seed0.json").read_text()) for folder in (expected, out))
-    assert a["cases"] == b["cases"] and a["stages"] == b["stages"]
+    a, b = arm_result(expected, "sequential"), arm_result(out, "sequential")
+    assert a["cases"] == b["cases"]
+    assert a["stages"] == b["stages"]
     assert (expected / a["model"]).read_bytes() == (out / b["model"]).read_bytes()
 
 
-def test_the_wheel_runs_elsewhere(zoo, tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", ROOT], check=True, capture_output=True)
-    wheel, = (tmp_path / "dist").glob("seqtransfer-*.whl")
-    assert {f"seqtransfer/experiments/{n}.ipynb" for n in ("affinity", "transfer_path", "report")} <= set(zipfile.ZipFile(wheel).namelist())
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel], check=True, capture_output=True)
-    # the dependencies come from the environment of this test; its own packages stand first, so the wheel is what is imported
-    site, = (tmp_path / "env" / "lib").glob("python*/site-packages")
+# ---------------------------------------------------------------- elsewhere
+
+
+def outside():
+    "The environment of somebody who does not know of this checkout."
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return {**kept, "JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
+
+
+def pip(*args):
+    subprocess.run([sys.executable, "-m", "pip", *args], check=True, capture_output=True, env=outside())
+
+
+def installed(wheel, folder):
+    "The programs of an environment in which the wheel is installed; its dependencies are those of this test."
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    programs = folder / "bin"
+    pip("--python", programs / "python", "install", "-q", "--no-deps", wheel)
+    (site,) = (folder / "lib").glob("python*/site-packages")
     here = Path(nbformat.__file__).parent.parent
-    (site / "dependencies.pth").write_text(f"{here}\n")
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
-    where = subprocess.run([python, "-c", "import seqtransfer; print(seqtransfer.__file__)"], cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+    (site / "dependencies.pth").write_text(f"{here}\n")  # found after the packages beside it, so after the wheel
+    return programs
+
+
+def test_the_wheel_runs_elsewhere(zoo, tmp_path):
+    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", ROOT)
+    (wheel,) = (tmp_path / "dist").glob("seqtransfer-*.whl")
+    templates = {f"seqtransfer/experiments/{name}.ipynb" for name in TEMPLATES}
+    assert templates <= set(zipfile.ZipFile(wheel).namelist())
+    programs = installed(wheel, tmp_path / "env")
+    there = {"cwd": tmp_path, "env": outside(), "capture_output": True, "text": True, "timeout": 300}
+    asked = [programs / "python", "-c", "import seqtransfer; print(seqtransfer.__file__)"]
+    where = subprocess.run(asked, **there).stdout
     assert Path(where.strip()).is_relative_to(tmp_path / "env")
-    done = subprocess.run([tmp_path / "env" / "bin" / "seqtransfer", "run", zoo, "--out", "run", "--target", "TumourB-FLAIR-ED", "--shots", "2", "--steps", "10",
-                           "--target-steps", "5", "--arms", "sequential"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    command = [programs / "seqtransfer", "run", zoo, "--out", "run", *FEW, "--arms", "sequential"]
+    done = subprocess.run(command, **there)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").exists()
-    nb = nbformat.read(tmp_path / "run" / "notebooks" / "arm-sequential.ipynb", 4)
+    nb = nbformat.read(tmp_path / "run" / "notebooks" / "sequential-seed0.ipynb", 4)
     assert nb.metadata["seqtransfer"]["fingerprint"]
