@@ -47,7 +47,7 @@ def sample(
 
     return tuple(sorted(task.cases, key=place)[:cases])
 
-# %% ../nbs/12_affinity.ipynb #b3c7c477
+# %% ../nbs/12_affinity.ipynb #3cd47875
 def numbered(
     names: Iterable[Hashable],  # some of them more than once
 ) -> dict[Hashable, int]:  # name -> number from 0
@@ -82,7 +82,7 @@ class Sampled:
             row[: len(cases)] = [order[key(case)] for case in cases]
         return Positions(list(order), position)
 
-# %% ../nbs/12_affinity.ipynb #5f0f1ba6
+# %% ../nbs/12_affinity.ipynb #f7959165
 def sampled(
     tasks: Sequence[Task],  # N tasks
     cases: int = 10,  # from each
@@ -148,7 +148,7 @@ def draws(
     weights = np.stack(drawn, axis=1).astype(np.float32) + np.float32(1e-6)  # all of them 0 have no mean
     return np.concatenate([np.ones((1, len(s.names)), np.float32), weights])
 
-# %% ../nbs/12_affinity.ipynb #dec98c35
+# %% ../nbs/12_affinity.ipynb #3e8a574b
 class _CountedPairs(NamedTuple):
     "The pairs of the cases of task p with those of n others."
 
@@ -244,7 +244,7 @@ PAPER = Definition({"ica": 0.0044, "oca": 2.4756}, scaled=False, exact=True, pai
 PRESETS = {"paper": PAPER, "default": Definition({"fg_z": 1.0, "pca_z": 1.0}, explained=1, voxel=2.0)}
 
 # %% ../nbs/12_affinity.ipynb #53efa10c
-def _blocks(n: int, new: Sequence[int] | None) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pair_blocks(n: int, new: Sequence[int] | None) -> list[tuple[np.ndarray, np.ndarray]]:
     "Which pairs of n items are computed together, (rows, columns): each pair once, or those with items of `new`."
     items = np.arange(n)
     if new is not None:
@@ -255,14 +255,14 @@ def _blocks(n: int, new: Sequence[int] | None) -> list[tuple[np.ndarray, np.ndar
 def _in_blocks(n: int, new: Sequence[int] | None, block: Callable) -> np.ndarray:
     "(n, n): what `block(rows, columns)` gives, mirrored; NaN for pairs that are not wanted."
     out = np.full((n, n), np.nan)
-    parts = _blocks(n, new)
+    parts = _pair_blocks(n, new)
     with ThreadPoolExecutor(cpu_count()) as threads:
         for (rows, columns), values in zip(parts, threads.map(block, *zip(*parts))):
             out[np.ix_(rows, columns)] = values
             out[np.ix_(columns, rows)] = values.T
     return out
 
-# %% ../nbs/12_affinity.ipynb #2ba9f43f
+# %% ../nbs/12_affinity.ipynb #7e509469
 def _exact_distances(samples: list[np.ndarray], new: Sequence[int] | None) -> np.ndarray:
     "(U, U) distances of sorted samples, none of them empty."
 
@@ -283,7 +283,7 @@ def _quantile_distances(samples: list[np.ndarray], new: Sequence[int] | None) ->
 
     return _in_blocks(len(samples), new, block)
 
-# %% ../nbs/12_affinity.ipynb #f3576e53
+# %% ../nbs/12_affinity.ipynb #5af40c3f
 def sample_distances(
     samples: Sequence[np.ndarray],  # U sorted 1-D samples, or quantiles; of length 0 where there is nothing
     exact: bool = False,  # they are whole samples, not quantiles
@@ -300,7 +300,7 @@ def sample_distances(
     out[np.ix_(filled, filled)] = distances(some, new_among_them)
     return out
 
-# %% ../nbs/12_affinity.ipynb #f2c97ac7
+# %% ../nbs/12_affinity.ipynb #22ec01d6
 def number_distances(
     values: Sequence[float],  # U numbers; NaN or infinite where there is none
     new: Iterable[int] | None = None,  # has no use: all pairs are one subtraction
@@ -311,9 +311,9 @@ def number_distances(
 
 # %% ../nbs/12_affinity.ipynb #156fb7a8
 def by_scores(
-    name: str,  # of a field of the signatures
+    name: str,  # field of the signature: quantiles, or a whole sample if the definition is exact
 ) -> Callable:  # function of (signatures, definition, positions whose pairs are wanted)
-    "Compares signatures by a sample that holds quantiles, or all values if the definition is exact."
+    "Compares signatures by the scores of images; lower is closer."
 
     def distances(found: list, how: Definition, new: Iterable[int] | None = None) -> np.ndarray:
         return sample_distances([getattr(s, name) for s in found], how.exact, new)
@@ -322,27 +322,27 @@ def by_scores(
 
 
 def by_sample(
-    name: str,  # of a field of the signatures
+    name: str,  # field of the signature: quantiles
 ) -> Callable:  # function of (signatures, definition, positions whose pairs are wanted)
-    "Compares signatures by a sample that always holds quantiles."
+    "Compares signatures by a sample; lower is closer."
 
     def distances(found: list, how: Definition, new: Iterable[int] | None = None) -> np.ndarray:
         return sample_distances([getattr(s, name) for s in found], new=new)
 
     return distances
 
-
+# %% ../nbs/12_affinity.ipynb #5816bf02
 def by_number(
-    name: str,  # of a field of the signatures
+    name: str,  # field of the signature: a number
 ) -> Callable:  # function of (signatures, definition, positions whose pairs are wanted)
-    "Compares signatures by a number."
+    "Compares signatures by a number; lower is closer."
 
     def distances(found: list, how: Definition, new: Iterable[int] | None = None) -> np.ndarray:
         return number_distances([getattr(s, name) for s in found], new)
 
     return distances
 
-# %% ../nbs/12_affinity.ipynb #22d42587
+# %% ../nbs/12_affinity.ipynb #0b45b304
 def by_ssim(
     found: Sequence[LabelSignature],  # of U masks
     how: Definition,  # whose `k` are the constants
@@ -364,7 +364,7 @@ def by_log_volume(
     "The logarithm of the ratio of two volumes, without its sign."
     return number_distances([np.log(s.volume) if s.volume else np.nan for s in found], new)
 
-# %% ../nbs/12_affinity.ipynb #a708e901
+# %% ../nbs/12_affinity.ipynb #9ac47545
 @dataclass(frozen=True)
 class Term:
     "One named comparison of cases."
@@ -415,7 +415,7 @@ def _is_voxel(x: object) -> bool:
     "Whether it is a voxel size that images can be resized to, or None."
     return x is None or (isinstance(x, Real) and 0.5 <= x <= 100)
 
-# %% ../nbs/12_affinity.ipynb #1ba54ddc
+# %% ../nbs/12_affinity.ipynb #2f55a54a
 class _Choice(NamedTuple):
     "What one field of a `Definition` can be."
 
@@ -443,7 +443,7 @@ def _plain_choice(name: str, value: object) -> object:
         return float(value)
     return value
 
-# %% ../nbs/12_affinity.ipynb #ab7f4031
+# %% ../nbs/12_affinity.ipynb #3a449b86
 def _checked_choice(name: str, value: object) -> object:
     "A choice in plain types, which a cache can know it by; raises `InputError` for what it cannot be."
     if name not in _CHOICES:
@@ -482,7 +482,7 @@ def definition(
         raise InputError("All weights of the affinity are 0: give at least one term a weight above 0.")
     return replace(PRESETS[mode], weights=checked, **changes)
 
-# %% ../nbs/12_affinity.ipynb #dcb7bb8f
+# %% ../nbs/12_affinity.ipynb #80965b34
 class TermMatrices(NamedTuple):
     "The terms between N tasks."
 
@@ -566,7 +566,7 @@ class Affinity:
     ) -> np.ndarray | None:  # (2, N, N): low and high, NaN for tasks of one or two patients; None where there are none
         """The ends of the central 95 % of a term or the distance under resampling of the patients.
         Raises `InputError` for a column that is not there."""
-        return _ends(self, column)
+        return _interval_ends(self, column)
 
 
 def _counting(a: Affinity) -> Affinity:
@@ -594,11 +594,11 @@ def _central(some: np.ndarray) -> np.ndarray:
     quantile = np.nanquantile if np.isnan(some).any() else np.quantile
     return quantile(some, (0.025, 0.975), axis=0)
 
-# %% ../nbs/12_affinity.ipynb #72d311e3
+# %% ../nbs/12_affinity.ipynb #4f1660ac
 COLUMNS = {name: term.column for name, term in TERMS.items() if term.column != name}  # terms with another column name
 
 
-def _ends(a: Affinity, column: str) -> np.ndarray | None:
+def _interval_ends(a: Affinity, column: str) -> np.ndarray | None:
     "The interval of one column, as `Affinity.interval` gives it."
     terms = {COLUMNS.get(t, t): t for t in a.terms}
     if column not in ("Distance", *terms):
@@ -613,7 +613,7 @@ def _ends(a: Affinity, column: str) -> np.ndarray | None:
     ends[:, diagonal, diagonal] = 1 if column == "OCA" else 0
     return ends
 
-# %% ../nbs/12_affinity.ipynb #21505c65
+# %% ../nbs/12_affinity.ipynb #92234caa
 @patch
 def frame(
     self: Affinity,
@@ -640,7 +640,7 @@ def weighted(
     bounds = {column: ends for column, ends in self.bounds.items() if column != "Distance"}
     return replace(self, weights=weights, bounds=bounds)
 
-# %% ../nbs/12_affinity.ipynb #d0261070
+# %% ../nbs/12_affinity.ipynb #0fde8c08
 def _write_parquet(table: pd.DataFrame, path: Path, about: dict) -> None:
     "Writes a table with what belongs to it in its metadata."
     import pyarrow as pa  # half a second that a CSV does not need
@@ -662,8 +662,8 @@ def _read_parquet(path: Path) -> tuple[dict, pd.DataFrame]:
     except (OSError, KeyError, pa.ArrowException) as e:
         raise InputError(f"{path} is no affinity in parquet ({type(e).__name__}): compute it again.") from e
 
-# %% ../nbs/12_affinity.ipynb #a39bc0eb
-def _beside(a: Affinity) -> dict[str, object]:
+# %% ../nbs/12_affinity.ipynb #78257d98
+def _about_table(a: Affinity) -> dict[str, object]:
     "What goes with the table."
     return {"names": a.names, "terms": list(a.terms), "weights": a.weights, "parameters": a.parameters}
 
@@ -685,12 +685,12 @@ def save(
     path = Path(path)
     if path.suffix == ".parquet":
         with replacing(path) as part:
-            _write_parquet(self.frame(intervals=True), part, _beside(self))
+            _write_parquet(self.frame(intervals=True), part, _about_table(self))
     elif path.suffix == ".csv":
         _refuse_other_json(path, path.with_suffix(".json"))
         with replacing(path) as part:
             self.frame(intervals=True).to_csv(part, index=False)
-        write_json(path.with_suffix(".json"), _beside(self))
+        write_json(path.with_suffix(".json"), _about_table(self))
     else:
         ways = f"{path.stem}.csv or {path.stem}.parquet"
         raise InputError(f"An affinity is written as CSV or parquet, and {path} ends in neither: call it {ways}.")
@@ -716,7 +716,7 @@ def _rebuilt(about: dict, table: pd.DataFrame) -> Affinity:
             bounds[column] = np.stack([matrix(table[f"{column} {end}"]) for end in ("low", "high")])
     return Affinity(names, terms, about["weights"], about["parameters"], bounds=bounds)
 
-# %% ../nbs/12_affinity.ipynb #b921f0ef
+# %% ../nbs/12_affinity.ipynb #67c48d65
 def _agree(a: Affinity, table: pd.DataFrame) -> bool:
     "Whether names and distances of a table are those of the affinity."
     same = a.frame()
@@ -724,7 +724,7 @@ def _agree(a: Affinity, table: pd.DataFrame) -> bool:
         return False
     return np.allclose(same["Distance"], table["Distance"].astype(float), equal_nan=True)
 
-# %% ../nbs/12_affinity.ipynb #ac725082
+# %% ../nbs/12_affinity.ipynb #38f2913f
 @patch(cls_method=True)
 def load(
     cls: Affinity,
@@ -781,7 +781,7 @@ def _split(pool: TaskPool, target: str | None, shots: int, seed: int, test: int 
     }
     return _Split((*split.sources, split.train), about, split.train.patients)
 
-# %% ../nbs/12_affinity.ipynb #403f8898
+# %% ../nbs/12_affinity.ipynb #8d57c2bc
 def _about(tasks: Sequence[Task], cases: int, seed: int, first: tuple[str, ...]) -> dict[str, dict]:
     "What the tasks were, and who represented them, by name."
     out = {}
@@ -797,7 +797,7 @@ def _fitting(replicates: int, n: int) -> int:
     bytes_of_one = 4 * len(TERMS) * n**2
     return min(replicates, max(20, int(1e9 / bytes_of_one)))
 
-# %% ../nbs/12_affinity.ipynb #d410ee8d
+# %% ../nbs/12_affinity.ipynb #e1df670f
 def _refuse_count(what: str, value: object, least: int) -> None:
     "Raises `InputError` for what is no whole number, or too small."
     if not isinstance(value, Integral) or value < least:
@@ -849,7 +849,7 @@ def affinity(
     _refuse_missing(made)
     return made
 
-# %% ../nbs/12_affinity.ipynb #6be0d28b
+# %% ../nbs/12_affinity.ipynb #2a78ef9d
 def _old_tasks(affinity: Affinity, tasks: Sequence[Task]) -> list[Task]:
     "The tasks of an affinity in its order, among those of a pool; raises `InputError` for one that is not there."
     known = {t.name: t for t in tasks}
@@ -885,7 +885,7 @@ def _new_terms(affinity: Affinity, tasks: Sequence[Task], first: tuple[str, ...]
             values[..., :n, :n] = known[term]
     return made
 
-# %% ../nbs/12_affinity.ipynb #a35e0d88
+# %% ../nbs/12_affinity.ipynb #80463d6c
 def extend(
     affinity: Affinity,  # of some tasks
     pool: TaskPool,  # these and others

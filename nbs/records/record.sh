@@ -29,6 +29,7 @@ if [ -d "$SEQTRANSFER_REALDATA" ]; then  # real MRI is not part of the project: 
   cp real.txt "$records/realdata.txt"
 fi
 rm -rf "$records/demo" && mkdir -p "$records/demo"
-cp -r demo/run/{affinity.csv,affinity.json,path.json,paths.csv,protocol-seed0.json,arms,overlays} "$records/demo/"
+cp -r demo/run/{affinity-seed0,protocol-seed0.json,arms,overlays} "$records/demo/"
+rm -rf "$records"/demo/affinity-seed0/figures  # pictures are drawn from the tables
 sed "s#$work/seqtransfer/##g" demo.txt > "$records/demo.txt"
 echo "Recorded. Execute nbs/index.ipynb (make notebooks does) and run make readme."

@@ -39,7 +39,7 @@ def resize_matrix(
     "The anti-aliased linear resize of one axis, as a matrix (do not write to it: it is cached)."
     return skimage.transform.resize(np.eye(n), (m, n), anti_aliasing=True)
 
-# %% ../../nbs/10_similarity.image.ipynb #b493813d
+# %% ../../nbs/10_similarity.image.ipynb #23ec1485
 class _Band(NamedTuple):
     "Some consecutive rows of a matrix, and the columns where they are not 0."
 
@@ -69,7 +69,7 @@ def _bands(n: int, m: int, start: int, stop: int, block: int = 16) -> _Bands:
         bands.append(_Band(slice(row, row + len(rows)), columns, np.ascontiguousarray(rows[:, columns])))
     return _Bands(slice(reached[0], reached[-1] + 1), tuple(bands))
 
-# %% ../../nbs/10_similarity.image.ipynb #6499fe60
+# %% ../../nbs/10_similarity.image.ipynb #b199eea5
 def _like(values: np.ndarray, x):
     "The values as an array of the type and in the place of x."
     return array_namespace(x).asarray(values, dtype=x.dtype, device=device_of(x))
@@ -90,7 +90,7 @@ def _along(x, axis: int, matrix: _Bands):
             out[:, rows] = w @ flat[:, columns]
     return xp.reshape(out, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
 
-# %% ../../nbs/10_similarity.image.ipynb #681280e2
+# %% ../../nbs/10_similarity.image.ipynb #196a410e
 def stored_order(
     volume: np.ndarray,  # HWD
 ) -> list[int]:  # the axes, from the one that memory runs along last to the one it runs along first
@@ -129,7 +129,7 @@ def reached(
         spans[axis] = matrix.reached
     return Reached(volume, in_order(spans, range(3)))
 
-# %% ../../nbs/10_similarity.image.ipynb #a3208b22
+# %% ../../nbs/10_similarity.image.ipynb #0daf7a61
 def resize(
     volume: np.ndarray,  # HWD, any numbers
     shape: tuple[int, ...] = GRID,  # voxels wanted along H, W, D
@@ -167,7 +167,7 @@ def _moments(x, n: int) -> _Moments:
     of_zeros = (n - x.shape[1]) * np.outer(mean, mean)
     return _Moments(mean, (products + of_zeros) / max(n - 1, 1))
 
-# %% ../../nbs/10_similarity.image.ipynb #8de7d3fa
+# %% ../../nbs/10_similarity.image.ipynb #3fb6fcee
 SIGNS = ("loading", "skewness")  # how the sign of a component is fixed
 
 
@@ -192,7 +192,7 @@ def _how_many(variance: np.ndarray, explained: float) -> int:
     shares = np.cumsum(variance / variance.sum())
     return np.searchsorted(shares, explained, side="right") + 1
 
-# %% ../../nbs/10_similarity.image.ipynb #ec910f87
+# %% ../../nbs/10_similarity.image.ipynb #e72c02da
 def _components(x, n: int, explained: float = 0.75) -> _Components:
     """The fewest components of n columns of voxels, as in `_moments`, that explain more than a share of the variance.
     Raises `InputError` when the columns are alike up to rounding."""
@@ -268,7 +268,7 @@ def _partial_distances(a: list[np.ndarray], b: list[np.ndarray], start: int, sto
     right = np.stack([sample[j] for sample in b]) * widths
     return cdist(left, right, "cityblock")
 
-# %% ../../nbs/10_similarity.image.ipynb #298eb7ca
+# %% ../../nbs/10_similarity.image.ipynb #79a5c544
 class _Group(NamedTuple):
     "The samples of one length."
 
@@ -285,7 +285,7 @@ def _by_length(samples: Sequence[np.ndarray]) -> dict[int, _Group]:
         group.samples.append(sample)
     return groups
 
-# %% ../../nbs/10_similarity.image.ipynb #7a16515c
+# %% ../../nbs/10_similarity.image.ipynb #658dbddd
 def wasserstein_matrix(
     samples: Sequence[np.ndarray],  # A sorted 1-D samples, of any lengths
     others: Sequence[np.ndarray] | None = None,  # B more; the same ones when None
@@ -337,7 +337,7 @@ class Tissue:
         out *= self.inside[where]
         return out
 
-# %% ../../nbs/10_similarity.image.ipynb #4efe2642
+# %% ../../nbs/10_similarity.image.ipynb #b5d80173
 @patch
 def within(
     self: Tissue,
@@ -374,7 +374,7 @@ def bounds(
     box[first] = _span(mask[tuple(box)].any(tuple(across)))
     return tuple(box)
 
-# %% ../../nbs/10_similarity.image.ipynb #d52ac95c
+# %% ../../nbs/10_similarity.image.ipynb #5670a114
 def _less(image: np.ndarray, level: float, kind: type) -> np.ndarray:
     "Intensities less a number, in the precision `kind`, which holds integers of two bytes exactly."
     raw = image.astype(kind if image.dtype.itemsize < 3 else np.float64)
@@ -393,7 +393,7 @@ def _mean_and_sd(raw: np.ndarray, inside: np.ndarray, framed: bool) -> tuple[flo
         variance = float(raw[inside].var(dtype=np.float64)) if inside.any() else 0.0
     return mean, variance**0.5
 
-# %% ../../nbs/10_similarity.image.ipynb #9d63039a
+# %% ../../nbs/10_similarity.image.ipynb #719668d1
 def tissue(
     image: np.ndarray,  # HWD, raw, any numbers
     kind: type = np.float32,  # precision of `raw`
@@ -414,7 +414,7 @@ def tissue(
     return Tissue(box, image.shape, raw, inside, framed, *_mean_and_sd(raw, inside, framed))
 
 # %% ../../nbs/10_similarity.image.ipynb #523aeec2
-def _step(shape: tuple[int, ...], most: int) -> int:
+def _voxel_step(shape: tuple[int, ...], most: int) -> int:
     "A step through a volume that takes about `most` of its voxels and shares no factor with the length of an axis."
     step = max(1, prod(shape) // most)
     while step > 1 and any(gcd(step, n) > 1 for n in shape):
@@ -426,7 +426,7 @@ def _histogram(t: Tissue, most: int = 2**17) -> np.ndarray:
     "1024 quantiles of the z-scored intensities of the foreground, from about `most` voxels; 0 without contrast."
     if not t.sd:
         return np.zeros(1024)
-    step = _step(t.raw.shape, most)
+    step = _voxel_step(t.raw.shape, most)
     raw, inside = (voxels.ravel(order="K")[::step] for voxels in (t.raw, t.inside))
     return (quantiles(raw[inside]) - t.mean) / t.sd
 
@@ -448,7 +448,7 @@ def _all_scores(x, n: int, explained: float, signs: str) -> np.ndarray:
         inside, outside = _by_skewness(inside, outside, count)
     return np.concatenate([inside.ravel(), np.repeat(outside, count)])
 
-# %% ../../nbs/10_similarity.image.ipynb #ab03f631
+# %% ../../nbs/10_similarity.image.ipynb #40cb7778
 def _torch():
     "The library, whose import takes seconds that only a GPU is worth."
     import torch
