@@ -226,7 +226,7 @@ def _note(row: dict) -> str:
     return "negative transfer" if row.get("negative transfer") else ""
 
 
-def _in_words(row: dict) -> dict[str, str]:
+def _arm_in_words(row: dict) -> dict[str, str]:
     "One arm in words."
     undefined = f" ({row['hd95 undefined']} undefined)" if row["hd95 undefined"] else ""
     references = [r for r in ("scratch", "direct-choice") if f"over {r}" in row]
@@ -246,7 +246,7 @@ def readable(
     summary: pd.DataFrame,  # as `Comparison.summary` returns it, in any order
 ) -> pd.DataFrame:  # of texts, a row for each arm
     "The summary for a page or a terminal: estimates with their 95 % intervals in one column each."
-    told = pd.DataFrame([_in_words(row) for row in summary.to_dict("records")])
+    told = pd.DataFrame([_arm_in_words(row) for row in summary.to_dict("records")])
     return told if told.note.any() else told.drop(columns="note")
 
 # %% ../nbs/44_results.ipynb #f784823e
