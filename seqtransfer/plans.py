@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from .arms import arm_label, arm_path, arm_sequence, arm_sources
-from .core import InputError, code_digest, digest, write_json
+from .core import InputError, code_digest, digest, read_json, write_json
 from .folders import target_folder
 from .networks import NetworkPlan
 from .questions import ArmStages, OpenStudy, Question, arm_stages, claim_folder, write_question
@@ -212,6 +212,13 @@ def plan_record(
     }
 
 
+def _kept_runs(file: Path, runs: list[dict]) -> list[dict]:
+    "The runs of an earlier plan in the same folder that the new one does not name."
+    kept = read_json(file)["runs"] if file.exists() else []
+    named = {(run["target"], run["seed"], run["label"]) for run in runs}
+    return [run for run in kept if (run["target"], run["seed"], run["label"]) not in named]
+
+
 def write_plan(
     out: Path | str,  # folder of the study
     planned: Plan,  # of the study
@@ -220,7 +227,9 @@ def write_plan(
     "Writes `plan.json`, and for each question its protocol and its affinity."
     for question in planned.opened.questions:
         write_question(out, question)
-    write_json(Path(out) / "plan.json", {**plan_record(planned), "jobs": list(jobs)})
+    file, record = Path(out) / "plan.json", plan_record(planned)
+    runs = [*_kept_runs(file, record["runs"]), *record["runs"]]
+    write_json(file, {**record, "runs": runs, "jobs": list(jobs)})
 
 
 def run_folder(
