@@ -234,14 +234,14 @@ def plan_of(file, out):
     return plan_jobs(open_study(read_study(file)), out, machine(1), 1, {TARGET: Times(0.1, 0.1)}).jobs
 
 
-PLANNED = re.compile(r"run\.json|plan\.json|protocol-seed0\.json|affinity-seed0/[^/]+\.(csv|json)")
+PLANNED = re.compile(r"run\.json|protocol-seed0\.json|affinity-seed0/[^/]+\.(csv|json)")
 
 
 def files(out):
     "Time of change of every file; the content of those that each plan writes again."
     found = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
-    locks = ("lock", "lock.json")
-    kept = {name: p for name, p in found.items() if name not in locks}
+    other = ("lock", "lock.json", "plan.json")  # a plan says what a step takes, which is measured again
+    kept = {name: p for name, p in found.items() if name not in other}
     return {name: p.read_bytes() if PLANNED.fullmatch(name) else p.stat().st_mtime_ns for name, p in kept.items()}
 
 
@@ -653,6 +653,7 @@ def dask_cluster(tmp_path, counted):
         begun.append(subprocess.Popen([*program, *args], cwd=tmp_path, env=env, **quiet))
 
     begin("dask_scheduler", "--host", "127.0.0.1", "--port", "0")
+    until(file.exists, begun[0])
     begin("dask_worker", "--nthreads", "1")
     yield file
     for p in reversed(begun):
