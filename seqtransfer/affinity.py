@@ -303,7 +303,6 @@ def sample_distances(
 # %% ../nbs/12_affinity.ipynb #22ec01d6
 def number_distances(
     values: Sequence[float],  # U numbers; NaN or infinite where there is none
-    new: Iterable[int] | None = None,  # has no use: all pairs are one subtraction
 ) -> np.ndarray:  # (U, U); NaN where one of the two is missing
     "Absolute differences of all pairs."
     x = np.where(np.isfinite(values), values, np.nan)
@@ -338,7 +337,7 @@ def by_number(
     "Compares signatures by a number; lower is closer."
 
     def distances(found: list, how: Definition, new: Iterable[int] | None = None) -> np.ndarray:
-        return number_distances([getattr(s, name) for s in found], new)
+        return number_distances([getattr(s, name) for s in found])
 
     return distances
 
@@ -358,11 +357,11 @@ def by_ssim(
 
 def by_log_volume(
     found: Sequence[LabelSignature],  # of U masks
-    how: Definition,  # has no use
-    new: Iterable[int] | None = None,  # positions whose pairs are wanted; all when None
+    how: Definition,  # which every term takes, and which changes nothing here
+    new: Iterable[int] | None = None,  # which every term takes; all pairs are one subtraction
 ) -> np.ndarray:  # (U, U); NaN where one of the two masks is empty
     "The logarithm of the ratio of two volumes, without its sign."
-    return number_distances([np.log(s.volume) if s.volume else np.nan for s in found], new)
+    return number_distances([np.log(s.volume) if s.volume else np.nan for s in found])
 
 # %% ../nbs/12_affinity.ipynb #9ac47545
 @dataclass(frozen=True)

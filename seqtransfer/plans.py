@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import pandas as pd
-
 from .arms import arm_label, arm_path, arm_sequence, arm_sources
 from .core import InputError, code_digest, digest, read_json, write_json
 from .folders import target_folder

@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'MARKERS', 'ARM_COLOURS', 'DASHES', 'STYLE', 'OUTLINES', '
            'dice_by_arm', 'cost_against_dice', 'overlay', 'overlay_panel']
 
 # %% ../nbs/50_plots.ipynb #a6859fa8
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import NamedTuple
@@ -166,7 +166,7 @@ def _edges(ax, graph, place):
     "Draws the edges, the nearest darkest."
     d = np.array([length for *_, length in graph.edges(data="d")])
     spread = max(np.ptp(d) if d.size else 0, 1e-12)
-    far = (d - d.min(initial=0)) / spread
+    far = (d - (d.min() if d.size else 0)) / spread
     greys = [str(0.55 + 0.4 * min(x, 1)) for x in far]
     nx.draw_networkx_edges(graph, place, edge_color=greys, width=0.5, ax=ax)
 
@@ -273,7 +273,7 @@ def _costs_at_ends(ax, y, paths):
 # %% ../nbs/50_plots.ipynb #4280ca94
 @styled
 def path_costs(
-    paths: Iterable[TransferPath],  # of TransferPath, the best first, as `paths.best_paths` returns them
+    paths: Sequence[TransferPath],  # the best first, as `paths.best_paths` returns them
     ax: Axes | None = None,  # where to draw; a new figure if None
 ) -> Axes:  # one stacked bar per path
     "Each path's cost as a stacked bar, term by term, lower is closer; raises `InputError` without any path."

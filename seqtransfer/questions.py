@@ -345,6 +345,9 @@ def claim_folder(
     said = {**identity(study), "state of the data": opened.state, "start": start, "machine": where}
     kept = read_json(file) if file.exists() else {}
     free = {k: kept.pop(k, []) for k in ("data", "arms", "seeds")}
+    if kept and kept.keys() != said.keys():
+        told = f"{out} holds a run of another version of seqtransfer"
+        raise InputError(f"{told}: choose another output folder, or report it with the version that wrote it.")
     other = _first_difference(kept, said) if kept else None
     if other:
         held = f"{out} holds a run with {other} = {kept.get(other)}, and {said.get(other)} was asked for"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .arms import ARMS, ORACLE, arm_path, label_arm
+from .arms import ARMS, ORACLE, arm_path
 from .core import InputError, read_json, replacing, write_json
 from .evaluation import interval, paired
 from .folders import overlay_file, read_plan, result_file, study_targets, target_folder

@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'ROUNDING', 'RANGE', 'SCORES', 'nce', 'leep', 'h_score', 'h_
 
 # %% ../nbs/13_scores.ipynb #a5152ad2
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 

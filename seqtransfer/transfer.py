@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from .arms import ARMS, ORACLE
 from .core import InputError, RunError
 from .executors.dask import Dask
 from .executors.here import here
@@ -22,7 +21,7 @@ from .paths import TransferPath
 from .plans import Carried, Failure, ignore
 from .questions import OpenStudy, open_study
 from .report import report
-from .results import Comparison, read_results, readable
+from .results import Comparison, read_results
 from .study import Recipe, Study, read_study
 from .tasks import TaskPool
 

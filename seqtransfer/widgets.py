@@ -31,7 +31,6 @@ from .affinity import COLUMNS, Affinity, scales
 from .core import InputError, nearest, progress, replacing
 from .landmarks import communities, landmark_communities, source_graph
 from .paths import best_paths
-from .search import path_cost
 from .landmarks import edges as edge_rule
 from .tasks import Task, Volume, foreground, read_case
 

@@ -150,12 +150,17 @@ def test_two_processes_write_one_cache(zoo, folder, expected, monkeypatch):
     assert not list(folder.rglob(".part-*"))
 
 
+def whole_files(folder):
+    "The signatures that are complete."
+    return [f for f in files(folder) if f.suffix == ".safetensors" and not f.name.startswith(".part")]
+
+
 def killed_after_the_first_file(command, folder):
-    "kill -9 once something is in a folder."
+    "kill -9 once a whole file is in a folder."
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     deadline = time.monotonic() + 120
-    while not files(folder) and time.monotonic() < deadline and process.poll() is None:
+    while not whole_files(folder) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -165,8 +170,7 @@ def test_killed_and_started_again(zoo, folder, expected, tmp_path):
     "The same command goes on with the signatures that are there and ends with the same table."
     table = tmp_path / "a.csv"
     killed_after_the_first_file([*COMMAND, "affinity", str(zoo), "--out", str(table)], folder)
-    whole = [f for f in files(folder) if f.suffix == ".safetensors" and not f.name.startswith(".part")]
-    before = {f: f.stat().st_mtime_ns for f in whole}
+    before = {f: f.stat().st_mtime_ns for f in whole_files(folder)}
     assert before
     assert seqtransfer("affinity", zoo, "--out", table).returncode == 0
     assert all(f.stat().st_mtime_ns == when for f, when in before.items())

@@ -62,13 +62,13 @@ def models(out):
     return {f.parent.name: f.read_bytes() for f in out.glob("stages/*/model.safetensors")}
 
 
-@pytest.mark.parametrize("one, other", itertools.combinations(BY, 2))
+@pytest.mark.parametrize("one, other", list(itertools.combinations(BY, 2)))
 def test_executors_give_the_same_table_to_the_bit(folders, one, other):
     pd.testing.assert_frame_equal(results_table(folders[one]), results_table(folders[other]), check_exact=True)
     assert models(folders[one]) == models(folders[other])
 
 
-@pytest.mark.parametrize("one, other", itertools.combinations(BY, 2))
+@pytest.mark.parametrize("one, other", list(itertools.combinations(BY, 2)))
 def test_executors_leave_the_same_folder(folders, one, other):
     a, b = folders[one], folders[other]
     assert read_asked(a) == read_asked(b)
@@ -82,7 +82,7 @@ def test_executors_leave_the_same_folder(folders, one, other):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("first, then", itertools.permutations(BY, 2))
+@pytest.mark.parametrize("first, then", list(itertools.permutations(BY, 2)))
 def test_an_executor_goes_on_with_what_another_began(folders, opened, tmp_path, first, then):
     "The first does the arms of one seed, the other the rest; no stage is trained twice."
     study = opened.study

@@ -294,3 +294,49 @@ def test_every_public_function_states_its_types(module):
             if optional and module != "cli":  # whose options are named types
                 kinds = ast.unparse(parameter.annotation)
                 assert any(t in kinds for t in ("None", "Optional", "object")), f"{name}: {parameter.arg} may be None"
+
+
+# ---------------------------------------------------------------- literate pages
+
+CHECKS = ("test_", "raises", "assert_", "refuses", "ExceptionExpected")  # how calls that check are named, in any module
+
+
+def called(node):
+    "The last part of the name of what is called."
+    return ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+
+
+def asserts(tree):
+    nodes = list(ast.walk(tree))
+    return any(isinstance(n, ast.Assert) or called(n).startswith(CHECKS) for n in nodes)
+
+
+def shows(tree):
+    "Whether a cell ends in a value, prints, or draws."
+    last = tree.body[-1] if tree.body else None
+    ends_in_value = isinstance(last, ast.Expr) and not asserts(ast.Module([last], []))
+    return ends_in_value or any(called(n) in ("print", "display", "show") for n in ast.walk(tree))
+
+
+def defines(tree):
+    return any(isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)) for n in tree.body)
+
+
+def exported_cells(notebook):
+    "Each exported cell that defines something, and the cells that follow it up to the next one."
+    sources = code_cells(notebook)
+    exported = [k for k, source in enumerate(sources) if source.startswith("#| export")]
+    for k, end in zip(exported, [*exported[1:], len(sources)]):
+        if defines(parsed(sources[k])):
+            yield sources[k], [parsed(source) for source in sources[k + 1 : end]]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
+def test_an_exported_cell_is_shown_in_one_cell_and_asserted_in_another(notebook):
+    lacking = []
+    for source, after in exported_cells(notebook):
+        shown = {k for k, tree in enumerate(after) if shows(tree)}
+        asserted = {k for k, tree in enumerate(after) if asserts(tree)}
+        if not shown or not asserted or len(shown | asserted) < 2:
+            lacking.append(source)
+    assert lacking == []

@@ -8,7 +8,6 @@ __all__ = ['Done', 'train_stage', 'train_run', 'run_curve', 'score_run', 'here']
 # %% ../../nbs/48_executors.here.ipynb #de93b8de
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
