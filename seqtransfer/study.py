@@ -19,7 +19,7 @@ from .arms import ARMS, find_arm
 from .core import InputError, nearest, read_json
 from .networks import NETWORKS
 from .tasks import TaskPool
-from .training import AUGMENTATIONS, OPTIMISERS, Pretrained
+from .training import AUGMENTATIONS, MIRRORS, OPTIMISERS, Pretrained
 
 # %% ../nbs/41_study.ipynb #08313d9d
 RATES = {"adamw": {"unet": (5e-3, 5e-4)}, "sgd": {}}  # usual rates: from fresh weights, from trained ones
@@ -48,6 +48,9 @@ class Recipe:
     compiled: bool = False  # let torch compile the network: a minute at the start of each stage, pays in long ones
     optimiser: str = "adamw"  # of `training.OPTIMISERS`
     augmentation: str = "light"  # of `training.AUGMENTATIONS`
+    mirror: str = "auto"  # of `training.MIRRORS`: along which axes patches are mirrored; `auto` asks the masks
+    warmup: float = 0.0  # share of the steps of each stage over which the rate rises
+    centred: float = 2 / 3  # share of the patches that are centred on the label
     head: str = "keep"  # keep the head at each hop, or reset it as the paper does
     hops: tuple[dict, ...] = ()  # what the stage at this place along the sources does differently
     fine_tuning: dict | None = None  # what the target's stage of the transfer arms does differently
@@ -71,8 +74,8 @@ class Recipe:
 # %% ../nbs/41_study.ipynb #7b6f10c1
 def _check_choices(recipe: Recipe) -> None:
     "Raises `InputError` for an option that has no such choice, and for hops that are no dicts."
-    heads = ("keep", "reset")
-    known = {"network": NETWORKS, "optimiser": OPTIMISERS, "augmentation": AUGMENTATIONS, "head": heads}
+    known = {"network": NETWORKS, "optimiser": OPTIMISERS, "augmentation": AUGMENTATIONS}
+    known |= {"head": ("keep", "reset"), "mirror": MIRRORS}
     for option, choices in known.items():
         said = getattr(recipe, option)
         if said not in choices:
