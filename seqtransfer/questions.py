@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGE_OPTIONS', 'RECIPE_OPTIONS', 'FROM_TRAINED', 'shared_out', 'joint_task', 'recipe_stage', 'ArmStages',
-           'arm_stages', 'network_plan', 'check_cases', 'check_recipe', 'study_affinity', 'Question', 'open_pool',
+           'arm_stages', 'network_plan', 'check_cases', 'check_recipe', 'study_affinity', 'Question',
+           'patients_to_hold_out', 'without_patient', 'only_patient', 'question_candidates', 'open_pool',
            'open_question', 'reopen_question', 'OpenStudy', 'open_study', 'claim_folder', 'write_protocol',
            'candidate_paths', 'write_choice', 'write_question']
 
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .affinity import Affinity, affinity
-from .arms import TABLE, Choice, arm_sources, find_arm
+from .arms import TABLE, Candidate, Choice, arm_sources, find_arm, usual_candidates
 from .core import InputError, digest, progress, read_json, replacing, writable, write_json
 from .datasets import read_pool
 from .folders import affinity_folder, protocol_file, target_folder
@@ -28,6 +29,7 @@ from .protocol import Protocol, protocol
 from .study import Recipe, Study, check_known, identity
 from .tasks import Task, TaskPool, read_case, read_task
 from .training import Stage, begin, data_digest, optimiser_for
+from .verdict import FEWEST_JUDGED
 from .weights import adapt, channels_of, check_limits, read_weights
 
 # %% ../nbs/42_questions.ipynb #77d54b23
@@ -195,10 +197,15 @@ def _source_names(study: Study, split: Protocol) -> list[str]:
     return names
 
 
+def _judges(study: Study) -> bool:
+    "Whether an arm chooses among candidates."
+    return any(TABLE[arm].origin == "candidates" for arm in study.arms)
+
+
 def _asks_affinity(study: Study) -> bool:
-    "Whether the study leaves the paths, or a first choice that an arm needs, to the affinity."
-    nearest = any(TABLE[arm].origin == "nearest" for arm in study.arms)
-    return isinstance(study.paths, str) or (nearest and study.choice is None)
+    "Whether the study leaves paths, candidates, or a first choice that an arm needs, to the affinity."
+    nearest = any(TABLE[arm].origin == "nearest" for arm in study.arms) and study.choice is None
+    return isinstance(study.paths, str) or nearest or (_judges(study) and study.candidates == "chosen")
 
 
 def study_affinity(
@@ -226,6 +233,8 @@ class Question:
     nearest: str | None = None  # name of the affinity's first choice of one source
     near: Affinity | None = None  # distances, where the affinity was asked
     said: tuple[str, ...] = ()  # sentences on what will not be kept of the weights to start from
+    candidates: tuple[Candidate, ...] = ()  # of which one is recommended, where an arm asks for it
+    held_out: tuple[str, ...] = ()  # labelled patients on whom candidates are judged in turn; empty: too few
 
     @property
     def target(self) -> str:  # a task's name
@@ -240,7 +249,8 @@ class Question:
     @property
     def choices(self) -> tuple[Choice, ...]:  # one for each path
         "What the arms take their sources from."
-        return tuple(Choice(path, self.nearest, self.split.sources.names) for path in self.paths)
+        pool = self.split.sources.names
+        return tuple(Choice(path, self.nearest, pool, self.candidates) for path in self.paths)
 
     def cost(
         self,
@@ -251,6 +261,47 @@ class Question:
             return None
         at = [self.near.names.index(name) for name in (*sequence, self.target)]
         return float(path_cost(self.near.distance, at[:-1], at[-1]))
+
+# %% ../nbs/42_questions.ipynb #af911367
+def patients_to_hold_out(
+    train: Task,  # the few-shot cases
+) -> tuple[str, ...]:  # patients; empty where they are fewer than `verdict.FEWEST_JUDGED`
+    "The labelled patients on whom candidates can be judged."
+    volumes = zip(train.cases, read_task(train))
+    patients = tuple(dict.fromkeys(case.patient for case, volume in volumes if (volume.mask > 0).any()))
+    return patients if len(patients) >= FEWEST_JUDGED else ()
+
+
+def without_patient(
+    train: Task,  # the few-shot cases
+    patient: str,  # who is held out
+) -> Task:  # the cases of the others
+    "The task that a candidate is fine-tuned on while a patient is held out."
+    return replace(train, cases=tuple(case for case in train.cases if case.patient != patient))
+
+
+def only_patient(
+    train: Task,  # the few-shot cases
+    patient: str,  # who is held out
+) -> Task:  # the cases of this one
+    "The task that a candidate is tested on while a patient is held out."
+    return replace(train, cases=tuple(case for case in train.cases if case.patient == patient))
+
+
+def question_candidates(
+    study: Study,  # what it says of candidates
+    near: Affinity | None,  # distances, where the affinity was asked
+    target: str,  # name of the target
+    path: tuple[str, ...],  # of the target
+    judged: bool,  # whether there are enough patients to tell candidates apart
+) -> tuple[Candidate, ...]:  # each once
+    "The candidates of a target; raises `InputError` for given ones that cannot be judged."
+    if study.candidates != "chosen":
+        return tuple(dict.fromkeys(Candidate(arm, tuple(sources)) for arm, *sources in study.candidates))
+    ranked = tuple(p.sources[0] for p in best_paths(near, target, 1, study.tried))
+    if not judged:
+        return (Candidate("direct-choice", ranked[:1]),)
+    return usual_candidates(ranked, path, study.tried)
 
 # %% ../nbs/42_questions.ipynb #57db3276
 def open_pool(
@@ -270,9 +321,12 @@ def _paths(study: Study, near: Affinity | None, target: str) -> tuple[tuple[str,
 
 
 def _every_stage(study: Study, split: Protocol, choices: Iterable[Choice]) -> list[ArmStages]:
-    "The stages of every run of every arm along every path."
-    runs = [(arm, sources) for c in choices for arm in study.arms for sources in arm_sources(arm, c)]
-    return [arm_stages(arm, sources, split, study.recipe) for arm, sources in dict.fromkeys(runs)]
+    "The stages of every run of every arm along every path, and of every candidate."
+    runs = [Candidate(arm, sources) for c in choices for arm in study.arms for sources in arm_sources(arm, c)]
+    plain = [run for run in runs if TABLE[run.arm].origin != "candidates"]
+    candidates = [candidate for c in choices for candidate in c.candidates]
+    every = dict.fromkeys([*plain, *candidates])
+    return [arm_stages(run.arm, run.sources, split, study.recipe) for run in every]
 
 
 def open_question(
@@ -292,6 +346,10 @@ def open_question(
         check_known(path, names, f"on a path to {target}", "The study")
     nearest = best_paths(near, target, 1)[0].sources[0] if near and study.choice is None else study.choice
     question = Question(study, split, network_plan(split, study.recipe), paths, nearest, near)
+    if _judges(study):
+        held_out = patients_to_hold_out(split.train)
+        candidates = question_candidates(study, near, target, paths[0], bool(held_out))
+        question = replace(question, candidates=candidates, held_out=held_out)
     said = check_recipe(study.recipe, split, question.network, _every_stage(study, split, question.choices))
     return replace(question, said=said)
 
@@ -303,7 +361,11 @@ def reopen_question(
     "The question of a run that was planned elsewhere."
     (target,), (seed,) = study.targets, study.seeds
     split = protocol(open_pool(study), target, study.shots, seed, study.test)
-    return Question(study, split, network_plan(split, study.recipe), (tuple(sources),))
+    question = Question(study, split, network_plan(split, study.recipe), (tuple(sources),))
+    if not _judges(study):
+        return question
+    candidates = question_candidates(study, None, target, (), judged=True)
+    return replace(question, candidates=candidates, held_out=patients_to_hold_out(split.train))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = ['ROW', 'ArmResult', 'arm_files', 'Comparison', 'summarised', 'with_or
 
 # %% ../nbs/44_results.ipynb #f1f3845e
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -35,6 +35,12 @@ class ArmResult:
     stages: tuple[str, ...]  # names of its stages, the target's last
     curve: dict[str, list]  # stage (place), task, step (from the start of the path), loss
     cases: list[dict]  # patient, dice, hd95 (mm; None where undefined), surface_dice: for each test case
+    verdict: dict | None = None  # of a run that chose: arm, chosen, says, table, scores, as `verdict.Verdict` has them
+
+    @property
+    def path(self) -> str:  # e.g. `A -> B -> T`
+        "What the model was trained on, in words."
+        return arm_path(self.verdict["arm"] if self.verdict else self.arm, self.sources, self.target)
 
     def save(
         self,
@@ -80,6 +86,14 @@ class Comparison:
     curves: pd.DataFrame  # arm, seed, stage, task, step (from the start of the path), loss
     arms: pd.DataFrame  # arm (its label), seed, path, steps, seconds_per_step, model (file)
     overlays: dict[tuple[str, int], Path]  # (arm, seed) -> slices of the best, the median and the worst case
+    verdicts: dict[int, dict] = field(default_factory=dict)  # seed -> what `recommended` chose, and why
+
+    @property
+    def recommendation(self) -> str:  # a sentence for each seed; empty where nothing was recommended
+        "Which model to use, and why."
+        several = len(self.verdicts) > 1
+        said = [f"Seed {seed}: {v['says']}" if several else v["says"] for seed, v in self.verdicts.items()]
+        return "\n".join(said)
 
     def against(
         self,
@@ -166,7 +180,7 @@ def compared(
         {
             "arm": label,
             "seed": r.seed,
-            "path": arm_path(r.arm, r.sources, r.target),
+            "path": r.path,
             "steps": r.steps,
             "seconds_per_step": r.seconds_per_step,
             "model": folder / r.model,
@@ -179,6 +193,7 @@ def compared(
         pd.concat(curves, ignore_index=True)[["arm", "seed", "stage", "task", "step", "loss"]],
         pd.DataFrame(runs),
         {(label, r.seed): overlay_file(folder, r.label, r.seed) for label, r in found},
+        {r.seed: r.verdict for _, r in found if r.verdict},
     )
 
 
@@ -289,7 +304,7 @@ def run_result(
 # %% ../nbs/44_results.ipynb #e45f2485
 def _rows(run: dict, result: ArmResult) -> list[dict]:
     "The rows of one run."
-    known = {k: run[k] for k in ("target", "seed", "arm", "path", "cost")}
+    known = {**{k: run[k] for k in ("target", "seed", "arm", "cost")}, "path": result.path}
     counted = {"sources": len(result.sources), "steps": result.steps}
     scores = [{k: c[k] for k in ("patient", "dice", "hd95", "surface_dice")} for c in result.cases]
     return [{**known, **counted, **score} for score in scores]

@@ -109,6 +109,8 @@ class Study:
     mode: str = "default"  # of the affinity
     weights: dict | None = None  # term -> weight of the affinity instead of the mode's, as `Calibration` fits them
     choice: str | None = None  # with given paths: the first choice of one source; the affinity's when None
+    candidates: object = "chosen"  # of `recommended`: `chosen` by the affinity, or tuples of an arm and its sources
+    tried: int = 3  # how many of the nearest sources `recommended` tries
 
     def __post_init__(self):
         check_study(self)
@@ -126,7 +128,21 @@ def check_study(
         raise InputError(f"The seeds are whole numbers, at least one, not {study.seeds!r}: give e.g. seeds=(0, 1, 2).")
     if study.choice is not None and study.paths in ("chosen", "all"):
         raise InputError("A first choice was given without a path: give both, or let the affinity choose both.")
+    if study.candidates != "chosen":
+        _check_candidates(study.candidates)
     definition(study.mode, study.weights)
+
+
+def _check_candidates(candidates: object) -> None:
+    "Raises `InputError` for candidates that are no arms with their sources."
+    if not candidates or isinstance(candidates, str):
+        example = "candidates=(('scratch',), ('direct-choice', 'A'))"
+        raise InputError(f"The candidates are tuples of an arm and its sources, not {candidates!r}: give {example}.")
+    for name, *sources in candidates:
+        arm = find_arm(name)
+        if arm.origin in ("pool", "candidates") or bool(sources) != (arm.origin != "nothing"):
+            given = f"{name} with {len(sources)} sources is no candidate"
+            raise InputError(f"{given}: give scratch alone, and each other arm with the names of its sources.")
 
 # %% ../nbs/41_study.ipynb #db1b8853
 def identity(
@@ -157,7 +173,17 @@ def _is_names(value) -> bool:
 
 def _is_paths(value) -> bool:
     "A word for the paths, or a list of lists of names."
-    return value in ("chosen", "all") or _is_list(value, list) and all(_is_names(path) for path in value)
+    return value in ("chosen", "all") or _is_lists(value)
+
+
+def _is_lists(value) -> bool:
+    "A list of lists of names."
+    return _is_list(value, list) and all(_is_names(names) for names in value)
+
+
+def _is_candidates(value) -> bool:
+    "The word for the usual candidates, or a list of lists: an arm and the names of its sources."
+    return value == "chosen" or _is_lists(value)
 
 # %% ../nbs/41_study.ipynb #4a65c2a1
 @dataclass(frozen=True)
@@ -184,6 +210,8 @@ ENTRIES = {
     "mode": Entry(lambda v: isinstance(v, str), "a mode of the affinity, default or paper"),
     "weights": Entry(lambda v: isinstance(v, (str, dict)), "weights by term, or a file of them"),
     "choice": Entry(lambda v: isinstance(v, str), "the name of the first choice of one source"),
+    "candidates": Entry(_is_candidates, "chosen, or a list of lists: an arm and the names of its sources"),
+    "tried": Entry(_is_number, "a number of sources"),
 }
 
 # %% ../nbs/41_study.ipynb #184b1123

@@ -83,8 +83,10 @@ class Desk:
         study = self.plan.opened.study
         common = study_parameters(study, run.target, run.seed)
         kept = {"stages": str(stages_folder(self.out)), "out": str(self.folder(run.target))}
-        arm = {"arm": run.arm, "sources": list(run.sources), "recipe": asdict(study.recipe)}
-        return {**common, **kept, **arm, "threads": self.threads, "where": self.plan.where}
+        candidates = [[tried.arm, *tried.sources] for tried in run.tried]
+        arm = {"arm": run.arm, "sources": list(run.sources), "candidates": candidates}
+        recipe = {"recipe": asdict(study.recipe), "threads": self.threads, "where": self.plan.where}
+        return {**common, **kept, **arm, **recipe}
 
 
 def _stem(text: str) -> str:
