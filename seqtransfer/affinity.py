@@ -364,7 +364,7 @@ def by_log_volume(
     "The logarithm of the ratio of two volumes, without its sign."
     return number_distances([np.log(s.volume) if s.volume else np.nan for s in found])
 
-# %% ../nbs/12_affinity.ipynb #33032fe5
+# %% ../nbs/12_affinity.ipynb #3f09f216
 def by_tasks(
     compare: Callable,  # function of tasks to (N, N)
 ) -> Callable:  # function of (tasks, definition, positions whose pairs are wanted)
