@@ -23,7 +23,7 @@ from .core import InputError, digest, progress, read_json, replacing, writable, 
 from .datasets import read_pool
 from .folders import affinity_folder, protocol_file, target_folder
 from .networks import NetworkPlan, plan_for
-from .paths import TransferPath, best_paths, explain, path_table
+from .paths import TransferPath, best_paths, explain, path_rule, path_table
 from .search import path_cost
 from .protocol import Protocol, protocol
 from .study import Recipe, Study, check_known, identity
@@ -314,7 +314,8 @@ def open_pool(
 def _paths(study: Study, near: Affinity | None, target: str) -> tuple[tuple[str, ...], ...]:
     "The paths of a target; all of them in the order of their costs."
     if study.paths == "chosen":
-        return (best_paths(near, target, study.n_sources)[0].sources,)
+        by_rule = path_rule(study.rule)(near, target)
+        return (best_paths(near, target, study.n_sources, **by_rule)[0].sources,)
     if study.paths == "all":
         return tuple(p.sources for p in best_paths(near, target, study.n_sources, top=10**6))
     return study.paths
@@ -445,9 +446,10 @@ def candidate_paths(
     target: str,  # name of the target
     n_sources: int,  # along a path
     top: int = 5,  # at most so many of each kind
+    rule: str = "paper",  # of `paths.PATH_RULES`
 ) -> list[TransferPath]:  # the best of so many sources, then the best direct ones
     "The paths that are shown to a reader."
-    paths = best_paths(near, target, n_sources, top)
+    paths = best_paths(near, target, n_sources, top, **path_rule(rule)(near, target))
     return paths if n_sources == 1 else [*paths, *best_paths(near, target, 1, top)]
 
 # %% ../nbs/42_questions.ipynb #5fd1c5a1
@@ -456,14 +458,16 @@ def write_choice(
     near: Affinity,  # distances, lower is closer
     target: str,  # name of the target
     n_sources: int,  # along a path
+    rule: str = "paper",  # of `paths.PATH_RULES`
 ) -> dict[str, object]:  # what `path.json` holds: target, sources, cost, tied, choice, why
     "Writes the distances, the candidate paths, the best of them and the nearest source."
     folder, n = Path(folder), min(n_sources, len(near.names) - 1)
     near.save(writable(folder) / "affinity.csv")
     with replacing(folder / "paths.csv") as part:
-        path_table(candidate_paths(near, target, n)).to_csv(part, index=False)
-    best, direct = best_paths(near, target, n)[0], best_paths(near, target, 1)[0]
-    why = explain(best, near)
+        path_table(candidate_paths(near, target, n, rule=rule)).to_csv(part, index=False)
+    by_rule = path_rule(rule)(near, target)
+    best, direct = best_paths(near, target, n, **by_rule)[0], best_paths(near, target, 1)[0]
+    why = explain(best, near, **by_rule)
     if why.winners is not None:  # how often each path is the best under resampled patients
         with replacing(folder / "winners.csv") as part:
             why.winners.to_csv(part, index=False)
@@ -477,7 +481,9 @@ def write_question(
     question: Question,  # one of the study's
 ) -> None:
     "Writes the protocol of a question, and the affinity where it was asked."
-    here = target_folder(out, question.study.targets, question.target)
+    study = question.study
+    here = target_folder(out, study.targets, question.target)
     write_protocol(here, question.split)
     if question.near is not None:
-        write_choice(affinity_folder(here, question.seed), question.near, question.target, question.study.n_sources)
+        folder = affinity_folder(here, question.seed)
+        write_choice(folder, question.near, question.target, study.n_sources, study.rule)

@@ -18,6 +18,7 @@ from .affinity import definition
 from .arms import ARMS, find_arm
 from .core import InputError, nearest, read_json
 from .networks import NETWORKS
+from .paths import path_rule
 from .tasks import TaskPool
 from .training import AUGMENTATIONS, MIRRORS, OPTIMISERS, Pretrained
 
@@ -111,6 +112,7 @@ class Study:
     choice: str | None = None  # with given paths: the first choice of one source; the affinity's when None
     candidates: object = "chosen"  # of `recommended`: `chosen` by the affinity, or tuples of an arm and its sources
     tried: int = 3  # how many of the nearest sources `recommended` tries
+    rule: str = "paper"  # of `paths.PATH_RULES`: how a path is chosen
 
     def __post_init__(self):
         check_study(self)
@@ -131,6 +133,7 @@ def check_study(
     if study.candidates != "chosen":
         _check_candidates(study.candidates)
     definition(study.mode, study.weights)
+    path_rule(study.rule)
 
 
 def _check_candidates(candidates: object) -> None:
@@ -212,6 +215,7 @@ ENTRIES = {
     "choice": Entry(lambda v: isinstance(v, str), "the name of the first choice of one source"),
     "candidates": Entry(_is_candidates, "chosen, or a list of lists: an arm and the names of its sources"),
     "tried": Entry(_is_number, "a number of sources"),
+    "rule": Entry(lambda v: isinstance(v, str), "a rule for paths, paper or anchored"),
 }
 
 # %% ../nbs/41_study.ipynb #184b1123
