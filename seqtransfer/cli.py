@@ -586,12 +586,13 @@ def _finish(out: Path, as_json: bool) -> None:
     "The tables at the end of `run` and `report`, and where everything is."
     import pandas as pd
     from seqtransfer.folders import affinity_folder
-    from seqtransfer.results import read_results, readable
+    from seqtransfer.results import advice, read_results, readable
 
     results = read_results(out)
     summary = results.summary()
     if as_json:
         return show_table(summary, "", True)
+    print(*advice(results), "", sep="\n")
     several = f" of {summary.seeds.max()} seeds" if summary.seeds.max() > 1 else ""
     mean = f"mean over {summary.cases.max()} test cases{several} with 95 % interval"
     show_table(readable(summary).drop(columns="path"), f"Dice of the arms: {mean}; gains paired by patient")

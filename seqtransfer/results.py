@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'ArmResult', 'arm_files', 'Comparison', 'summarised', 'with_oracle', 'compared', 'read_results', 'readable',
-           'best_arm', 'pairs_shown', 'run_result', 'results_table', 'collect']
+           'best_arm', 'pairs_shown', 'advice', 'run_result', 'results_table', 'collect']
 
 # %% ../nbs/44_results.ipynb #f1f3845e
 import re
@@ -286,6 +286,27 @@ def pairs_shown(
     pairs = [(arm, "scratch") for arm in ran if "scratch" in ran and arm != "scratch"]
     both = {"sequential", "direct-choice"} <= set(ran)
     return [*pairs, ("sequential", "direct-choice")] if both else pairs
+
+# %% ../nbs/44_results.ipynb #83f5a766
+def _harm(summary: pd.DataFrame) -> list[str]:
+    "A sentence on the arms that are worse than training from scratch."
+    if "negative transfer" not in summary or not summary["negative transfer"].any():
+        return []
+    harmful = ", ".join(summary.arm[summary["negative transfer"]])
+    ways = "train from scratch, or take another source, more target steps or more labelled patients"
+    return [f"Worse than scratch on the test cases: {harmful}. Do not use what they left: {ways}."]
+
+
+def advice(
+    results: Comparison,  # arms that were run
+) -> list[str]:  # sentences, the answer first
+    "Which model to use, and what not to use."
+    said = results.recommendation.splitlines()
+    if not said:
+        best = best_arm(results)
+        told = f"On the test cases {best} was the best of what was run"
+        said = [f"{told}: run the arm recommended too, which chooses without looking at them."]
+    return [*said, *_harm(results.summary())]
 
 # %% ../nbs/44_results.ipynb #a6cb2750
 ROW = ("target", "seed", "arm", "path", "sources", "cost", "steps", "patient", "dice", "hd95", "surface_dice")
