@@ -23,7 +23,7 @@ from seqtransfer.transfer import carry_out, compare, grid, run
 
 TARGET, FAR, NEAR = "TumourB-FLAIR-ED", "LesionA-FLAIR-WMH", "TumourA-FLAIR-ED"
 FEW = {"labels": ["ED", "WMH"], "modalities": ["FLAIR"]}
-ARMS = ("scratch", "direct-choice", "sequential")
+ARMS = ("scratch", "direct-choice", "sequential", "recommended")
 BY = {
     "here": lambda: here,
     "notebooks": lambda: Notebooks(threads=1, keep=True),
@@ -43,7 +43,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def opened(zoo):
     "A study with two seeds, whose paths the affinity chooses."
-    asked = {"arms": ARMS, "seeds": (0, 1), "shots": 2, "recipe": Recipe(24, 8), "wanted": FEW}
+    asked = {"arms": ARMS, "seeds": (0, 1), "shots": 3, "recipe": Recipe(24, 8), "wanted": FEW}
     return open_study(Study(zoo, (TARGET,), **asked))
 
 
@@ -96,13 +96,14 @@ def test_an_executor_goes_on_with_what_another_began(folders, opened, tmp_path, 
 
 
 def test_compare_run_and_grid_ask_the_same(zoo, folders, tmp_path):
-    asked = {"arms": ARMS, "seeds": (0, 1), "shots": 2, "recipe": Recipe(24, 8)}
+    asked = {"arms": ARMS, "seeds": (0, 1), "shots": 3, "recipe": Recipe(24, 8)}
     found = compare(read_pool(zoo, **FEW), TARGET, out=tmp_path / "compare", **asked)
     done = run(zoo, TARGET, tmp_path / "run", wanted=FEW, **asked)
     (tmp_path / "grid.yaml").write_text(f"""data: {zoo}
 targets: [{TARGET}]
 seeds: [0, 1]
-shots: 2
+arms: [{", ".join(ARMS)}]
+shots: 3
 wanted: {{labels: [ED, WMH], modalities: [FLAIR]}}
 recipe: {{source_steps: 24, target_steps: 8}}
 """)
