@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import seqtransfer
-from .arms import TABLE
+from .arms import TABLE, label_transfers
 from .core import InputError, RunError, replacing, writable
 
 # %% ../nbs/60_cli.ipynb #18e7e2e0
@@ -575,7 +575,7 @@ def _print_models(out: Path, results: object) -> None:
         seed = f"seed {r.seed}  " if several else ""
         print(f"  {r.arm:15} {seed}{r.model}")
     arm = best_arm(results, transfer=True)
-    kind = "arm" if arm.startswith("scratch") else "transfer arm"
+    kind = "transfer arm" if label_transfers(arm) else "arm"
     model = results.arms.set_index("arm").model.loc[[arm]].iloc[0]
     print(f"masks of other images by {arm}, the {kind} with the highest mean Dice:")
     print(f"  seqtransfer predict {shlex.quote(str(model))} IMAGE.nii.gz --out MASKS")

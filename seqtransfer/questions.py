@@ -105,7 +105,7 @@ def _check_sources(arm: str, sources: tuple[str, ...], split: Protocol, recipe: 
     if len(set(sources)) < n:
         path = " -> ".join(sources)
         raise InputError(f"The path {path} takes a source twice, which teaches nothing new: name each once.")
-    if arm == "sequential" and len(recipe.hops) > n:
+    if find_arm(arm).follows_path and len(recipe.hops) > n:
         hops = f"The recipe has {len(recipe.hops)} hops, and the path to {target} has {n} sources"
         raise InputError(f"{hops}: say one for each, or fewer.")
 

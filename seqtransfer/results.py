@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .arms import ARMS, ORACLE, arm_path
+from .arms import ARMS, ORACLE, REFERENCES, arm_path, find_arm, label_against, label_transfers
 from .core import InputError, read_json, replacing, write_json
 from .evaluation import interval, paired
 from .folders import overlay_file, read_plan, result_file, study_targets, target_folder
@@ -141,14 +141,14 @@ def summarised(
 ) -> pd.DataFrame:  # a row for each arm
     "The summary of a comparison; an arm whose gain over `scratch` is significantly below 0 is flagged."
     rows = pd.DataFrame([_arm_row(found, arm) for arm in dict.fromkeys(found.arms.arm)])
-    for reference in ("scratch", "direct-choice"):
+    for reference in REFERENCES:
         over = f"over {reference}"
         names = {"difference": over, "low": f"{over} low", "high": f"{over} high", "p": f"{over} p"}
         gains = found.against(reference).rename(columns=names)
         rows = rows.merge(gains, on="arm", how="left") if len(gains) else rows
     if "over scratch" in rows:
         below = (rows["over scratch high"] < 0) & (rows["over scratch p"] < 0.05)
-        rows["negative transfer"] = below & ~rows.arm.str.startswith("scratch")
+        rows["negative transfer"] = below & rows.arm.map(label_transfers)
     return rows
 
 # %% ../nbs/44_results.ipynb #0ec0f007
@@ -156,8 +156,8 @@ def with_oracle(
     found: list[ArmResult],  # of one target
 ) -> list[tuple[str, ArmResult]]:  # what each is called: its label, or `direct-oracle`
     "The results to be compared: of `direct-each` the best of each seed by mean Dice on the test cases."
-    shown = [(r.label, r) for r in found if r.arm != "direct-each"]
-    each = [r for r in found if r.arm == "direct-each"]
+    shown = [(r.label, r) for r in found if find_arm(r.arm).origin != "pool"]
+    each = [r for r in found if find_arm(r.arm).origin == "pool"]
     for seed in dict.fromkeys(r.seed for r in each):
         best = max((r for r in each if r.seed == seed), key=_mean_dice)
         shown.append((ORACLE, best))
@@ -244,7 +244,7 @@ def _note(row: dict) -> str:
 def _arm_in_words(row: dict) -> dict[str, str]:
     "One arm in words."
     undefined = f" ({row['hd95 undefined']} undefined)" if row["hd95 undefined"] else ""
-    references = [r for r in ("scratch", "direct-choice") if f"over {r}" in row]
+    references = [r for r in REFERENCES if f"over {r}" in row]
     return {
         "arm": row["arm"],
         "path": row["path"],
@@ -272,7 +272,7 @@ def best_arm(
     "The arm with the highest mean Dice; the oracle counts only where there is nothing else."
     dice = results.summary().set_index("arm").dice
     methods = dice[dice.index != ORACLE]
-    transferred = methods[~methods.index.str.startswith("scratch")]
+    transferred = methods[methods.index.map(label_transfers)]
     if transfer and len(transferred):
         return transferred.idxmax()
     return (methods if len(methods) else dice).idxmax()
@@ -281,11 +281,10 @@ def best_arm(
 def pairs_shown(
     results: Comparison,  # arms that were run
 ) -> list[tuple[str, str]]:  # (arm, the arm it is compared with)
-    "Each arm with `scratch`, and the path with the first choice of one source."
+    "Each arm with those that its row names: `scratch`, and for the path also the first choice of one source."
     ran = list(dict.fromkeys(results.arms.arm))
-    pairs = [(arm, "scratch") for arm in ran if "scratch" in ran and arm != "scratch"]
-    both = {"sequential", "direct-choice"} <= set(ran)
-    return [*pairs, ("sequential", "direct-choice")] if both else pairs
+    pairs = [(label, other) for label in ran for other in label_against(label) if other in ran]
+    return sorted(pairs, key=lambda pair: REFERENCES.index(pair[1]))
 
 # %% ../nbs/44_results.ipynb #83f5a766
 def _harm(summary: pd.DataFrame) -> list[str]:

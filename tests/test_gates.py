@@ -17,6 +17,8 @@ import pytest
 from conftest import ROOT
 from fastcore.docments import docments
 
+from seqtransfer.arms import ARMS
+
 BIN = Path(sys.executable).parent
 ORDER = [
     *("core", "tasks", "datasets", "protocol", "phantom", "zoo", "validation"),
@@ -222,6 +224,23 @@ def test_a_name_has_one_home():
                 homes[name].add(module)
     several = {name: modules for name, modules in homes.items() if len(modules) > 1 and name != "__all__"}
     assert several == {}
+
+
+def compared_with(tree):
+    "The texts that anything is compared with, or asked to begin with."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("startswith"):
+            sides = node.args
+        else:
+            continue
+        yield from (side.value for side in sides if isinstance(side, ast.Constant))
+
+
+@pytest.mark.parametrize("module", [m for m in ORDER if m != "arms"])
+def test_arms_are_told_apart_in_their_table_alone(module):
+    assert not set(compared_with(ast.parse(module_source(module)))) & set(ARMS)
 
 
 def returns_something(thing):

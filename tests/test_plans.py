@@ -14,7 +14,7 @@ from seqtransfer import cli
 from seqtransfer.arms import ARMS, TABLE
 from seqtransfer.core import InputError
 from seqtransfer.datasets import read_pool
-from seqtransfer.executors.notebooks import SMALL, Times, duration, jobs_of, with_times
+from seqtransfer.executors.notebooks import Times, duration, jobs_of, with_times
 from seqtransfer.plans import plan
 from seqtransfer.protocol import protocol
 from seqtransfer.questions import OpenStudy, Question, network_plan
@@ -53,7 +53,8 @@ def studies(draw):
     every = sorted(permutations(SOURCES, n))
     paths = tuple(draw(st.lists(st.sampled_from(every), min_size=1, max_size=5, unique=True)))
     recipe = Recipe(draw(st.integers(n, 20)), draw(st.integers(1, 9)))
-    asked = {"arms": some(ARMS), "seeds": some((0, 1, 2)), "shots": 2, "recipe": recipe}
+    planned = [arm for arm in ARMS if TABLE[arm].origin != "candidates"]  # whose stages the plan alone decides
+    asked = {"arms": some(planned), "seeds": some((0, 1, 2)), "shots": 2, "recipe": recipe}
     return Study("data", some(TARGETS), paths, n, **asked, choice=draw(st.sampled_from(SOURCES)))
 
 
@@ -184,7 +185,13 @@ def test_the_time_a_study_takes_lies_between_its_bounds(opened, tmp_path_factory
     assert max(job.seconds for job in jobs) <= duration(jobs, workers) <= work + 1e-6
     assert duration(jobs, 1) == pytest.approx(work)
     assert duration(jobs, workers + 1) <= duration(jobs, workers)
-    assert all(job.keep == (job.seconds < SMALL) for job in jobs)
+
+
+@pytest.mark.parametrize("seconds, shared", [(0.001, True), (1000.0, False)])
+def test_short_notebooks_share_a_kernel(opened, tmp_path, seconds, shared):
+    planned = plan(opened(Study("zoo", TARGETS[:1], paths=(SOURCES[:2],), choice=SOURCES[0])), WHERE)
+    jobs = with_times(jobs_of(planned, tmp_path, 1), {TARGETS[0]: Times(seconds, seconds)})
+    assert {job.keep for job in jobs if job.steps or job.cases} == {shared}
 
 
 ASKED = "data: zoo\ntargets: [a]\n"
