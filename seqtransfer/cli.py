@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'WIDE', 'out_console', 'err_console', 'DATA', 'SPLIT', 'MODE', 'WEIGHTS', 'GPU', 'Data', 'Target', 'Shots',
            'Test', 'Seed', 'Mode', 'Weights', 'Sources', 'Top', 'Json', 'Device', 'SampledCases', 'Sites', 'Modalities',
-           'Labels', 'Cases', 'AUGMENT', 'FREEZE', 'HELD', 'RATE', 'USUAL', 'ROOM', 'BEGIN', 'CHANNELS', 'Steps',
-           'TargetSteps', 'Network', 'Optimiser', 'Augmentation', 'Head', 'Freeze', 'Validation', 'Lr', 'TargetLr',
-           'Memory', 'Compiled', 'Start', 'StartModalities', 'Version', 'LAYOUT', 'PATIENTS', 'CHECK', 'ALSO', 'FOR',
-           'TABLE_FILE', 'PAGE', 'WHY', 'TIED', 'ARM_HELP', 'GOES_ON', 'SEEDS', 'Arms', 'Seeds', 'GRID_FILE', 'WORKERS',
-           'THREADS', 'LIMIT', 'JOIN', 'SLURM', 'GridOut', 'MODEL', 'IMAGES', 'Model', 'Images', 'Masks', 'CLEAR',
-           'NO_IMAGES', 'ANONYMISE', 'say', 'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths', 'run',
-           'grid', 'status', 'predict', 'export', 'cache', 'report', 'answered', 'main']
+           'Labels', 'Cases', 'AUGMENT', 'FREEZE', 'HELD', 'RATE', 'USUAL', 'ROOM', 'BEGIN', 'CHANNELS', 'WAYS',
+           'MIRRORING', 'RecipeName', 'Steps', 'TargetSteps', 'Network', 'Optimiser', 'Augmentation', 'Mirror', 'Head',
+           'Freeze', 'Validation', 'Lr', 'TargetLr', 'Memory', 'Compiled', 'Start', 'StartModalities', 'Version',
+           'LAYOUT', 'PATIENTS', 'CHECK', 'ALSO', 'FOR', 'TABLE_FILE', 'PAGE', 'WHY', 'TIED', 'ARM_HELP', 'GOES_ON',
+           'SEEDS', 'Arms', 'Seeds', 'GRID_FILE', 'WORKERS', 'THREADS', 'LIMIT', 'JOIN', 'SLURM', 'GridOut', 'MODEL',
+           'IMAGES', 'Model', 'Images', 'Masks', 'CLEAR', 'NO_IMAGES', 'ANONYMISE', 'say', 'show_table', 'options',
+           'phantom', 'tasks', 'affinity', 'paths', 'run', 'grid', 'status', 'predict', 'export', 'cache', 'report',
+           'answered', 'main']
 
 # %% ../nbs/60_cli.ipynb #36aa9438
 import json
@@ -143,7 +144,10 @@ def _training(help: str, *names: str, **options) -> object:
     return typer.Option(*names, help=help, rich_help_panel="How to train", **options)
 
 
-AUGMENT = "light (flips, brightness) or nnunet (rotation, scaling, noise, blur, contrast, resolution, flips)."
+AUGMENT = (
+    "light (mirroring, brightness), shift (and small moves, noise), medium (and rotation, zoom, gamma) or "
+    "nnunet (nnU-Net's: rotation, zoom, noise, blur, contrast, resolution)."
+)
 FREEZE = (
     "Parts held still while a transferred network is trained on the target: encoder, decoder, head, or "
     "the beginning of"
@@ -168,12 +172,26 @@ CHANNELS = (
     "With --start: names of the modalities that its network takes, in order, e.g. T1,T2,FLAIR; the one of the source"
 )
 
-Steps = Annotated[int, _training("Optimiser steps on sources, in sum over the sources of an arm.")]
-TargetSteps = Annotated[int, _training("Optimiser steps on the target.", min=1)]
-Network = Annotated[str, _training("unet (small), dynunet (nnU-Net's topology) or segresnet.")]
-Optimiser = Annotated[str, _training("adamw (rate along a cosine) or sgd (nnU-Net's: Nesterov, polynomial decay).")]
-Augmentation = Annotated[str, _training(AUGMENT)]
-Head = Annotated[str, _training("keep or reset: what happens to the last layer at each hop; the paper resets it.")]
+WAYS = (
+    "How to train, by name: laptop (a small network, minutes), nnunet (nnU-Net's way, for a GPU) or paper (that for "
+    "250 epochs a stage, the head reset at each hop). The options below change single parts of it."
+)
+MIRRORING = (
+    "Along which axes patches are mirrored: auto (not where the label lies on one side of the head), all or none."
+)
+
+RecipeName = Annotated[str, _training(WAYS, "--recipe")]
+Steps = Annotated[Optional[int], _training("Optimiser steps on sources, in sum over the sources of an arm (laptop: 1000).")]
+TargetSteps = Annotated[Optional[int], _training("Optimiser steps on the target (laptop: 100).", min=1)]
+Network = Annotated[Optional[str], _training("unet (small), dynunet (nnU-Net's topology) or segresnet.")]
+Optimiser = Annotated[
+    Optional[str], _training("adamw (rate along a cosine) or sgd (nnU-Net's: Nesterov, polynomial decay).")
+]
+Augmentation = Annotated[Optional[str], _training(AUGMENT)]
+Mirror = Annotated[Optional[str], _training(MIRRORING)]
+Head = Annotated[
+    Optional[str], _training("keep or reset: what happens to the last layer at each hop; the paper resets it.")
+]
 Freeze = Annotated[Optional[str], _training(f"{FREEZE} a parameter's name; separated by commas.")]
 Validation = Annotated[int, _training(f"{HELD} and to stop early. Test patients are never used for this.", min=0)]
 Lr = Annotated[Optional[float], _training(f"{RATE} {USUAL}", "--lr")]
@@ -196,10 +214,10 @@ StartModalities = Annotated[
 
 # %% ../nbs/60_cli.ipynb #260cfeb4
 def _recipe(
-    validation: int, freeze: str | None, start: Path | None, start_modalities: str | None, **options
+    name: str, validation: int, freeze: str | None, start: Path | None, start_modalities: str | None, **options
 ) -> object:
     "The recipe that was asked for; raises `InputError` for options that contradict each other."
-    from seqtransfer.study import Recipe
+    from seqtransfer.study import named_recipe
 
     if start_modalities and not start:
         both = "give a file of weights as --start too, or leave both out"
@@ -207,7 +225,8 @@ def _recipe(
     frozen = tuple(_names(freeze, "freeze") or ())
     fine_tuning = {k: v for k, v in {"frozen": frozen, "validation": validation}.items() if v}
     begin = {"start": str(start or ""), "start_modalities": tuple(_names(start_modalities, "start-modalities") or ())}
-    return Recipe(**options, **begin, fine_tuning=fine_tuning or None)
+    given = {option: value for option, value in options.items() if value is not None}
+    return named_recipe(name, **given, **begin, fine_tuning=fine_tuning or None)
 
 
 def _seeds(seed: int, seeds: str | None) -> tuple[int, ...]:
@@ -632,12 +651,14 @@ def run(
     seeds: Seeds = None,
     mode: Mode = "default",
     weights: Weights = None,
-    steps: Steps = 1000,
-    target_steps: TargetSteps = 100,
-    network: Network = "unet",
-    optimiser: Optimiser = "adamw",
-    augmentation: Augmentation = "light",
-    head: Head = "keep",
+    recipe: RecipeName = "laptop",
+    steps: Steps = None,
+    target_steps: TargetSteps = None,
+    network: Network = None,
+    optimiser: Optimiser = None,
+    augmentation: Augmentation = None,
+    mirror: Mirror = None,
+    head: Head = None,
     freeze: Freeze = None,
     validation: Validation = 0,
     lr: Lr = None,
@@ -656,6 +677,7 @@ def run(
     from seqtransfer import transfer
 
     recipe = _recipe(
+        recipe,
         validation,
         freeze,
         start,
@@ -666,9 +688,10 @@ def run(
         target_lr=target_lr,
         network=network,
         memory=memory,
-        compiled=compiled,
+        compiled=compiled or None,
         optimiser=optimiser,
         augmentation=augmentation,
+        mirror=mirror,
         head=head,
     )
     with _Shown() as show:
