@@ -174,7 +174,7 @@ CHANNELS = (
 
 WAYS = (
     "How to train, by name: laptop (a small network, minutes), nnunet (nnU-Net's way, for a GPU) or paper (that for "
-    "250 epochs a stage, the head reset at each hop). The options below change single parts of it."
+    "500 epochs on sources and 250 on the target, the head reset at each hop). The options below change single parts of it."
 )
 MIRRORING = (
     "Along which axes patches are mirrored: auto (not where the label lies on one side of the head), all or none."
@@ -593,10 +593,11 @@ def _print_models(out: Path, results: object) -> None:
     for r in results.arms.itertuples():
         seed = f"seed {r.seed}  " if several else ""
         print(f"  {r.arm:15} {seed}{r.model}")
-    arm = best_arm(results, transfer=True)
+    arm = "recommended" if results.verdicts else best_arm(results, transfer=True)
     kind = "transfer arm" if label_transfers(arm) else "arm"
+    why = "chosen on the labelled patients" if results.verdicts else f"the {kind} with the highest mean Dice"
     model = results.arms.set_index("arm").model.loc[[arm]].iloc[0]
-    print(f"masks of other images by {arm}, the {kind} with the highest mean Dice:")
+    print(f"masks of other images by {arm}, {why}:")
     print(f"  seqtransfer predict {shlex.quote(str(model))} IMAGE.nii.gz --out MASKS")
     print(f"loss and learning rate of every stage:\n  tensorboard --logdir {shlex.quote(str(out / 'stages'))}")
 

@@ -261,6 +261,7 @@ def prepare_task(
 
 # %% ../nbs/31_training.ipynb #c17b1f9a
 _ONE_SIDED = 0.95  # share of a label in one half of the head
+_AGREEING = 6  # patients without whom a side can be chance
 
 
 def _share_in_lower_half(mask: torch.Tensor, axis: int) -> float:
@@ -274,10 +275,12 @@ def one_sided_axes(
     data: list[dict],  # what `prepare_task` returned
 ) -> tuple[int, ...]:  # of the axes 0, 1, 2
     "The axes along which the label lies in one half of the head, the same in every case that has it."
-    masks = [case["mask"] for case in data if (case["mask"] > 0).any()]
+    with_label = [case for case in data if (case["mask"] > 0).any()]
+    if len({case["patient"] for case in with_label}) < _AGREEING:
+        return ()
     found = []
     for axis in range(3):
-        lower = np.array([_share_in_lower_half(mask, axis) for mask in masks])
+        lower = np.array([_share_in_lower_half(case["mask"], axis) for case in with_label])
         if (lower >= _ONE_SIDED).all() or (lower <= 1 - _ONE_SIDED).all():
             found.append(axis)
     return tuple(found)

@@ -99,6 +99,7 @@ class Verdict:
     table: pd.DataFrame  # as `standing` returns it
     patients: int  # who were held out in turn
     gains: tuple[Gain, ...]  # of the chosen over others that a reader asks for
+    errors: float = 1.0  # standard errors that the choice may lie behind the best
 
     def __str__(self) -> str:
         turns = f"each trained without one of the {self.patients} labelled patients in turn"
@@ -107,7 +108,7 @@ class Verdict:
         if best == self.chosen:
             why = "it is the best of them"
         else:
-            why = f"it is the cheapest within one standard error of the best, {best}"
+            why = f"it is the cheapest within {self.errors:g} standard errors of the best, {best}"
         gains = ", ".join(map(str, self.gains))
         return f"Use {self.chosen}: of {tried}, {why}" + (f". Expected: {gains}." if gains else ".")
 
@@ -128,4 +129,4 @@ def verdict(
     table = standing(scores, costs)
     chosen = cheapest_within(table, errors)
     gains = tuple(expected_gain(scores, chosen, over) for over in against if over != chosen)
-    return Verdict(chosen, table, len(scores), gains)
+    return Verdict(chosen, table, len(scores), gains, errors)

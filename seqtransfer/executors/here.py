@@ -135,7 +135,8 @@ def choose(
         says = f"Use {only.name}: there are too few labelled patients to judge by, and the affinity puts it first."
         return Chosen(only, {"arm": only.arm, "chosen": only.name, "says": says, "table": [], "scores": []})
     scores = held_out_scores(planned, run, done)
-    said = verdict(scores, {t.name: t.steps for t in run.tried}, tuple(t.name for t in run.tried[:2]))
+    costs = {t.name: t.steps + len(t.sources) for t in run.tried}  # of equal steps, fewer sources cost less
+    said = verdict(scores, costs, tuple(t.name for t in run.tried[:2]))
     tried = next(t for t in run.tried if t.name == said.chosen)
     table = said.table.to_dict("records")
     rows = scores.rename_axis("patient").reset_index().to_dict("records")
