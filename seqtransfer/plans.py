@@ -23,6 +23,7 @@ from seqtransfer.questions import (
     Question,
     arm_stages,
     claim_folder,
+    without_labelled,
     without_patient,
     write_question,
 )
@@ -84,8 +85,8 @@ def try_candidate(
     candidate: Candidate,  # one of its candidates
     where: str | None = None,  # the machine that will train; this one when None
 ) -> tuple[Tried, tuple[StageRef, ...]]:  # the candidate, its stages and those of its folds
-    "A candidate on all labelled patients, and on all but each."
-    split, recipe = question.split, question.study.recipe
+    "A candidate on all labelled patients, and on all but each; its sources hold none of them."
+    split, recipe = without_labelled(question.split), question.study.recipe
     found = arm_stages(candidate.arm, candidate.sources, split, recipe)
 
     def refs_with(last):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGE_OPTIONS', 'RECIPE_OPTIONS', 'FROM_TRAINED', 'shared_out', 'joint_task', 'recipe_stage', 'ArmStages',
            'arm_stages', 'network_plan', 'check_cases', 'check_recipe', 'study_affinity', 'Question',
-           'patients_to_hold_out', 'without_patient', 'only_patient', 'question_candidates', 'open_pool',
-           'open_question', 'reopen_question', 'OpenStudy', 'open_study', 'claim_folder', 'write_protocol',
+           'patients_to_hold_out', 'without_patient', 'only_patient', 'without_labelled', 'question_candidates',
+           'open_pool', 'open_question', 'reopen_question', 'OpenStudy', 'open_study', 'claim_folder', 'write_protocol',
            'candidate_paths', 'write_choice', 'write_question']
 
 # %% ../nbs/42_questions.ipynb #e1453b27
@@ -288,20 +288,47 @@ def only_patient(
     return replace(train, cases=tuple(case for case in train.cases if case.patient == patient))
 
 
+def without_labelled(
+    split: Protocol,  # whose sources may hold the labelled patients under other labels or modalities
+) -> Protocol:  # whose sources do not
+    "The split by which candidates are judged: who is held out in turn is in no source. A source left empty goes."
+    few = set(split.train.patients)
+    kept = [replace(t, cases=tuple(c for c in t.cases if c.patient not in few)) for t in split.sources]
+    return replace(split, sources=TaskPool(tuple(t for t in kept if t.cases), split.sources.skipped))
+
+
+def _given_candidates(study: Study, names: Iterable[str], judged: bool) -> tuple[Candidate, ...]:
+    "The candidates that a study gives; raises `InputError` for one that cannot be judged."
+    given = tuple(dict.fromkeys(Candidate(arm, tuple(sources)) for arm, *sources in study.candidates))
+    for candidate in given:
+        check_known(candidate.sources, names, "in a candidate", "The study")
+    if len(given) > 1 and not judged:
+        few = f"{len(given)} candidates cannot be told apart by fewer than {FEWEST_JUDGED} labelled patients"
+        raise InputError(f"{few} with the label: ask for more shots, or give one candidate.")
+    return given
+
+
 def question_candidates(
     study: Study,  # what it says of candidates
     near: Affinity | None,  # distances, where the affinity was asked
     target: str,  # name of the target
     path: tuple[str, ...],  # of the target
+    names: tuple[str, ...],  # of the sources that may be judged
     judged: bool,  # whether there are enough patients to tell candidates apart
 ) -> tuple[Candidate, ...]:  # each once
     "The candidates of a target; raises `InputError` for given ones that cannot be judged."
     if study.candidates != "chosen":
-        return tuple(dict.fromkeys(Candidate(arm, tuple(sources)) for arm, *sources in study.candidates))
-    ranked = tuple(p.sources[0] for p in best_paths(near, target, 1, study.tried))
+        return _given_candidates(study, names, judged)
+    if near is None:
+        raise InputError(f"The candidates of a run of {target} are chosen by its planner: name them.")
+    every = [p.sources[0] for p in best_paths(near, target, 1, len(near.names))]
+    first = [study.choice] if study.choice in names else []
+    ranked = tuple(dict.fromkeys([*first, *(name for name in every if name in names)]))
+    if not ranked:
+        return (Candidate("scratch"),)
     if not judged:
         return (Candidate("direct-choice", ranked[:1]),)
-    return usual_candidates(ranked, path, study.tried)
+    return usual_candidates(ranked, path if set(path) <= set(names) else (), study.tried)
 
 # %% ../nbs/42_questions.ipynb #57db3276
 def open_pool(
@@ -325,9 +352,10 @@ def _every_stage(study: Study, split: Protocol, choices: Iterable[Choice]) -> li
     "The stages of every run of every arm along every path, and of every candidate."
     runs = [Candidate(arm, sources) for c in choices for arm in study.arms for sources in arm_sources(arm, c)]
     plain = [run for run in runs if TABLE[run.arm].origin != "candidates"]
-    candidates = [candidate for c in choices for candidate in c.candidates]
-    every = dict.fromkeys([*plain, *candidates])
-    return [arm_stages(run.arm, run.sources, split, study.recipe) for run in every]
+    candidates = dict.fromkeys(candidate for c in choices for candidate in c.candidates)
+    judged = without_labelled(split)
+    of_runs = [arm_stages(run.arm, run.sources, split, study.recipe) for run in dict.fromkeys(plain)]
+    return of_runs + [arm_stages(c.arm, c.sources, judged, study.recipe) for c in candidates]
 
 
 def open_question(
@@ -349,7 +377,8 @@ def open_question(
     question = Question(study, split, network_plan(split, study.recipe), paths, nearest, near)
     if _judges(study):
         held_out = patients_to_hold_out(split.train)
-        candidates = question_candidates(study, near, target, paths[0], bool(held_out))
+        may = tuple(name for name in without_labelled(split).sources.names if name in names)
+        candidates = question_candidates(study, near, target, paths[0], may, bool(held_out))
         question = replace(question, candidates=candidates, held_out=held_out)
     said = check_recipe(study.recipe, split, question.network, _every_stage(study, split, question.choices))
     return replace(question, said=said)
@@ -365,8 +394,9 @@ def reopen_question(
     question = Question(study, split, network_plan(split, study.recipe), (tuple(sources),))
     if not _judges(study):
         return question
-    candidates = question_candidates(study, None, target, (), judged=True)
-    return replace(question, candidates=candidates, held_out=patients_to_hold_out(split.train))
+    held_out, names = patients_to_hold_out(split.train), without_labelled(split).sources.names
+    candidates = question_candidates(study, None, target, (), names, bool(held_out))
+    return replace(question, candidates=candidates, held_out=held_out)
 
 
 @dataclass(frozen=True)
