@@ -510,14 +510,14 @@ def running(client, what):
 def shoot(client, what, chance):
     "kill -9 of one of them, as soon as there is one."
 
-    def victims():
+    def killed():
         try:
-            return running(client, what)
-        except psutil.NoSuchProcess:
-            return []
+            chance.choice(running(client, what)).kill()
+        except (psutil.NoSuchProcess, IndexError):  # it has ended meanwhile, or there is none yet
+            return False
+        return True
 
-    until(victims, client)
-    chance.choice(victims()).kill()
+    until(killed, client)
 
 
 @dataclass
