@@ -929,6 +929,10 @@ def extend(
     split = _split(pool, about["target"], about.get("shots", 0), about["seed"], about.get("test"))
     old = _old_tasks(affinity, split.tasks)
     _refuse_other_patients(about, old, split.first)
+    lacks = [term for term in TERMS if term not in affinity.terms]
+    if lacks:
+        older = f"This affinity was made by an older version, without the term {lacks[0]}"
+        raise InputError(f"{older}: compute it again with the function affinity.")
     tasks = old + [t for t in split.tasks if t.name not in affinity.names]
     terms, resampled = _new_terms(affinity, tasks, split.first, keep=keep, device=device)
     described = _about(tasks, about["cases"], about["seed"], split.first)

@@ -238,7 +238,7 @@ def label_against(
 # %% ../nbs/40_arms.ipynb #b4dfb28a
 def usual_candidates(
     ranked: tuple[str, ...],  # names of sources, the nearest first
-    path: tuple[str, ...] = (),  # names along the affinity's path, a candidate too
+    paths: tuple[tuple[str, ...], ...] = (),  # names along each path, candidates too
     singles: int = 3,  # how many of the nearest sources are tried
 ) -> tuple[Candidate, ...]:  # each once, the cheapest first
     "What `recommended` chooses from when nobody says otherwise."
@@ -246,5 +246,5 @@ def usual_candidates(
     alone = [Candidate("direct-choice", (source,)) for source in near]
     before = [Candidate("sequential", (source, near[0])) for source in near[1:]]
     both = [Candidate("joint", near[:2])] if len(near) > 1 else []
-    given = [Candidate("sequential", tuple(path))] if len(path) > 1 else []
+    given = [Candidate("sequential", tuple(path)) for path in paths if len(path) > 1]
     return tuple(dict.fromkeys([Candidate("scratch"), *alone, *before, *both, *given]))

@@ -176,11 +176,13 @@ def check_recipe(
     split: Protocol,  # whose labelled patients are trained on
     plan: NetworkPlan,  # of the network
     stages: Iterable[ArmStages],  # of every arm
+    judged: bool = False,  # whether each labelled patient is held out in turn
 ) -> tuple[str, ...]:  # sentences on what will not be kept of the weights to start from
     "Begins each kind of stage once; raises `InputError` for a recipe that a stage could not follow."
-    held = (recipe.fine_tuning or {}).get("validation", 0)
-    if not 0 <= held < split.shots:
-        few = f"Of {split.shots} labelled patients {held} cannot be held out for validation"
+    held, left = (recipe.fine_tuning or {}).get("validation", 0), split.shots - judged
+    if not 0 <= held < left:
+        who = "labelled patients less the one held out in turn" if judged else "labelled patients"
+        few = f"Of {left} {who} {held} cannot be held out for validation"
         raise InputError(f"{few}: hold out fewer, or ask for more shots.")
     kinds = {(stage.frozen, stage.head): stage for found in stages for stage in found.all}
     for stage in kinds.values():
@@ -308,11 +310,27 @@ def _given_candidates(study: Study, names: Iterable[str], judged: bool) -> tuple
     return given
 
 
+def _ranked(study: Study, near: Affinity, target: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    "The sources that may be judged, the nearest first; a first choice that the study gives comes before."
+    every = [p.sources[0] for p in best_paths(near, target, 1, len(near.names))]
+    given = [study.choice] if study.choice else []
+    return tuple(name for name in dict.fromkeys([*given, *every]) if name in names)
+
+
+def _can_follow(candidate: Candidate, split: Protocol, recipe: Recipe) -> bool:
+    "Whether the recipe has steps and hops that suit a candidate."
+    try:
+        arm_stages(candidate.arm, candidate.sources, split, recipe)
+    except InputError:
+        return False
+    return True
+
+
 def question_candidates(
     study: Study,  # what it says of candidates
     near: Affinity | None,  # distances, where the affinity was asked
-    target: str,  # name of the target
-    path: tuple[str, ...],  # of the target
+    split: Protocol,  # in whose sources is no labelled patient, as `without_labelled` makes it
+    paths: tuple[tuple[str, ...], ...],  # of the target
     names: tuple[str, ...],  # of the sources that may be judged
     judged: bool,  # whether there are enough patients to tell candidates apart
 ) -> tuple[Candidate, ...]:  # each once
@@ -320,15 +338,16 @@ def question_candidates(
     if study.candidates != "chosen":
         return _given_candidates(study, names, judged)
     if near is None:
-        raise InputError(f"The candidates of a run of {target} are chosen by its planner: name them.")
-    every = [p.sources[0] for p in best_paths(near, target, 1, len(near.names))]
-    first = [study.choice] if study.choice in names else []
-    ranked = tuple(dict.fromkeys([*first, *(name for name in every if name in names)]))
+        raise InputError(f"The candidates of a run of {split.train.name} are chosen by its planner: name them.")
+    ranked = _ranked(study, near, split.train.name, names)
     if not ranked:
         return (Candidate("scratch"),)
     if not judged:
         return (Candidate("direct-choice", ranked[:1]),)
-    return usual_candidates(ranked, path if set(path) <= set(names) else (), study.tried)
+    known = paths[:1] if study.paths == "all" else paths
+    along = tuple(path for path in known if set(path) <= set(names))
+    usual = usual_candidates(ranked, along, study.tried)
+    return tuple(candidate for candidate in usual if _can_follow(candidate, split, study.recipe))
 
 # %% ../nbs/42_questions.ipynb #57db3276
 def open_pool(
@@ -376,11 +395,12 @@ def open_question(
     nearest = best_paths(near, target, 1)[0].sources[0] if near and study.choice is None else study.choice
     question = Question(study, split, network_plan(split, study.recipe), paths, nearest, near)
     if _judges(study):
-        held_out = patients_to_hold_out(split.train)
-        may = tuple(name for name in without_labelled(split).sources.names if name in names)
-        candidates = question_candidates(study, near, target, paths[0], may, bool(held_out))
+        held_out, own = patients_to_hold_out(split.train), without_labelled(split)
+        may = tuple(name for name in own.sources.names if name in names)
+        candidates = question_candidates(study, near, own, paths, may, bool(held_out))
         question = replace(question, candidates=candidates, held_out=held_out)
-    said = check_recipe(study.recipe, split, question.network, _every_stage(study, split, question.choices))
+    stages = _every_stage(study, split, question.choices)
+    said = check_recipe(study.recipe, split, question.network, stages, bool(question.held_out))
     return replace(question, said=said)
 
 # %% ../nbs/42_questions.ipynb #a9da7a62
@@ -394,8 +414,8 @@ def reopen_question(
     question = Question(study, split, network_plan(split, study.recipe), (tuple(sources),))
     if not _judges(study):
         return question
-    held_out, names = patients_to_hold_out(split.train), without_labelled(split).sources.names
-    candidates = question_candidates(study, None, target, (), names, bool(held_out))
+    held_out, own = patients_to_hold_out(split.train), without_labelled(split)
+    candidates = question_candidates(study, None, own, (), own.sources.names, bool(held_out))
     return replace(question, candidates=candidates, held_out=held_out)
 
 
@@ -498,11 +518,12 @@ def write_choice(
     by_rule = path_rule(rule)(near, target)
     best, direct = best_paths(near, target, n, **by_rule)[0], best_paths(near, target, 1)[0]
     why = explain(best, near, **by_rule)
+    held = f"\nThe rule {rule} holds {best.sources[-1]} in the last place." if by_rule else ""
     if why.winners is not None:  # how often each path is the best under resampled patients
         with replacing(folder / "winners.csv") as part:
             why.winners.to_csv(part, index=False)
     said = {"target": target, "sources": list(best.sources), "cost": best.cost, "tied": best.tied}
-    write_json(folder / "path.json", {**said, "choice": direct.sources[0], "why": str(why)})
+    write_json(folder / "path.json", {**said, "choice": direct.sources[0], "why": f"{why}{held}"})
     return read_json(folder / "path.json")
 
 

@@ -142,6 +142,9 @@ class Stage:
         if self.steps < 1 or self.validation < 0:
             asked = f"{self.steps} steps and {self.validation} patients held out"
             raise InputError(f"A stage on {self.task.name} cannot have {asked}: ask for at least 1 and 0.")
+        if self.averaged and self.validation:
+            both = f"A stage on {self.task.name} cannot leave both its mean weights and its best ones"
+            raise InputError(f"{both}: ask for averaged or for validation.")
 
 # %% ../nbs/31_training.ipynb #f3dff0af
 def data_digest(
@@ -545,9 +548,10 @@ def batches(
     stage: Stage,  # seed, steps, augmentation
     plan: NetworkPlan,  # patch and batch
     first: int = 0,  # step to begin with
+    mirrored: Iterable[int] | None = None,  # axes; those that the stage and `data` allow when None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # iterator over (image, mask), each B1HWD float32 on the device
     "The batches of a stage from one step on."
-    where, axes = data[0]["image"].device, mirrored_axes(data, stage)
+    where, axes = data[0]["image"].device, mirrored_axes(data, stage) if mirrored is None else mirrored
     draw = patch_transform(plan, 0, stage.augmentation, where, axes, stage.centred)
     for step in range(first, stage.steps):
         draw.set_random_state(seed_for(stage.seed, "patches", step))
@@ -906,9 +910,11 @@ EVERY = float(os.environ.get("SEQTRANSFER_KEEP_EVERY", 60))  # seconds between t
 
 
 def _set_rates(optimiser: torch.optim.Optimizer, step: int, stage: Stage) -> None:
-    "Sets the learning rate of each part."
+    "Sets the learning rate of each part; a part with a rate of 0 gathers no gradient, and so no momentum."
     for group in optimiser.param_groups:
         group["lr"] = rate(step, stage) * part_share(group["part"], step, stage)
+        for weights in group["params"]:
+            weights.requires_grad_(bool(group["lr"] > 0))
 
 
 def _keep_when_due(course: _Course, path: Path | str | None) -> None:
@@ -932,7 +938,8 @@ def train(
     course = _start_course(net, stage, plan, keep)
     loss, longest = IgnoringLoss(positive_weight(cases)), _longest(course.optimiser, stage)
     step = step_function(course.net, course.optimiser, loss, plan, longest)
-    source = ahead(batches(cases, stage, plan, course.made), 2 if device().type == "cuda" else 0)
+    axes = mirrored_axes(data, stage)  # those held out count too
+    source = ahead(batches(cases, stage, plan, course.made, axes), 2 if device().type == "cuda" else 0)
     numbers = progress(range(course.made, stage.steps), f"training on {stage.task.name}")
     for i, (image, mask) in zip(numbers, source):
         _set_rates(course.optimiser, i, stage)

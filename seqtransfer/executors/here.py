@@ -23,7 +23,7 @@ from ..plans import ArmRun, Carried, Plan, StageRef, Tried, begin_study, ignore,
 from ..questions import OpenStudy, only_patient
 from ..results import ArmResult
 from ..training import Trained, average, finished, machine, run_stage
-from ..verdict import verdict
+from ..verdict import FEWEST_JUDGED, verdict
 
 # %% ../../nbs/48_executors.here.ipynb #b7ad1068
 class Done(NamedTuple):
@@ -117,6 +117,13 @@ def held_out_scores(
     return pd.DataFrame(scores)
 
 
+def _why_alone(only: Tried) -> str:
+    "Why a candidate has no rivals."
+    if only.folds:
+        return "Name other candidates, or add sources, to have it judged."
+    return f"With {FEWEST_JUDGED} or more labelled patients others are judged beside it."
+
+
 class Chosen(NamedTuple):
     "The candidate that a run ends with."
 
@@ -130,9 +137,9 @@ def choose(
     done: dict[str, Done],  # name -> trained stage
 ) -> Chosen:  # one of them
     "The candidate to use, by leave-one-patient-out; the only one where there is nothing to choose."
-    if len(run.tried) == 1 or not run.tried[0].folds:
-        (only, *_) = run.tried
-        says = f"Use {only.name}: there are too few labelled patients to judge by, and the affinity puts it first."
+    if len(run.tried) == 1:
+        (only,) = run.tried
+        says = f"Use {only.name}: it is the only candidate. {_why_alone(only)}"
         return Chosen(only, {"arm": only.arm, "chosen": only.name, "says": says, "table": [], "scores": []})
     scores = held_out_scores(planned, run, done)
     costs = {t.name: t.steps + len(t.sources) for t in run.tried}  # of equal steps, fewer sources cost less
