@@ -6,13 +6,13 @@
 __all__ = ['app', 'WIDE', 'out_console', 'err_console', 'DATA', 'SPLIT', 'MODE', 'WEIGHTS', 'GPU', 'Data', 'Target',
            'Shots', 'Test', 'Seed', 'Mode', 'Weights', 'Sources', 'Top', 'Json', 'Device', 'SampledCases', 'Sites',
            'Modalities', 'Labels', 'Cases', 'AUGMENT', 'FREEZE', 'HELD', 'RATE', 'USUAL', 'ROOM', 'BEGIN', 'CHANNELS',
-           'WAYS', 'MIRRORING', 'RecipeName', 'Steps', 'TargetSteps', 'Network', 'Optimiser', 'Augmentation', 'Mirror',
-           'Head', 'Freeze', 'Validation', 'Lr', 'TargetLr', 'Memory', 'Compiled', 'Start', 'StartModalities',
-           'Version', 'LAYOUT', 'PATIENTS', 'CHECK', 'ALSO', 'FOR', 'TABLE_FILE', 'PAGE', 'WHY', 'TIED', 'ARM_HELP',
-           'GOES_ON', 'SEEDS', 'Arms', 'Seeds', 'GRID_FILE', 'WORKERS', 'THREADS', 'LIMIT', 'JOIN', 'SLURM', 'GridOut',
-           'MODEL', 'IMAGES', 'Model', 'Images', 'Masks', 'CLEAR', 'NO_IMAGES', 'ANONYMISE', 'say', 'show_table',
-           'options', 'phantom', 'tasks', 'affinity', 'paths', 'run', 'grid', 'status', 'predict', 'export', 'cache',
-           'report', 'answered', 'main']
+           'WAYS', 'MIRRORING', 'RecipeName', 'SOURCE_STEPS', 'Steps', 'TargetSteps', 'Network', 'Optimiser',
+           'Augmentation', 'Mirror', 'Head', 'Freeze', 'Validation', 'Lr', 'TargetLr', 'Memory', 'Compiled', 'Start',
+           'StartModalities', 'Version', 'LAYOUT', 'PATIENTS', 'CHECK', 'ALSO', 'FOR', 'TABLE_FILE', 'PAGE', 'WHY',
+           'TIED', 'ARM_HELP', 'GOES_ON', 'SEEDS', 'Arms', 'Seeds', 'GRID_FILE', 'WORKERS', 'THREADS', 'LIMIT', 'JOIN',
+           'SLURM', 'GridOut', 'MODEL', 'IMAGES', 'Model', 'Images', 'Masks', 'CLEAR', 'NO_IMAGES', 'ANONYMISE', 'say',
+           'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths', 'run', 'grid', 'status', 'predict',
+           'export', 'cache', 'report', 'answered', 'main']
 
 # %% ../nbs/60_cli.ipynb #36aa9438
 import json
@@ -174,14 +174,15 @@ CHANNELS = (
 
 WAYS = (
     "How to train, by name: laptop (a small network, minutes), nnunet (nnU-Net's way, for a GPU) or paper (that for "
-    "500 epochs on sources and 250 on the target, the head reset at each hop). The options below change single parts of it."
+    "500 epochs on sources and 250 on the target, the head reset at each hop). The options below change parts of it."
 )
 MIRRORING = (
     "Along which axes patches are mirrored: auto (not where the label lies on one side of the head), all or none."
 )
 
 RecipeName = Annotated[str, _training(WAYS, "--recipe")]
-Steps = Annotated[Optional[int], _training("Optimiser steps on sources, in sum over the sources of an arm (laptop: 1000).")]
+SOURCE_STEPS = "Optimiser steps on sources, in sum over the sources of an arm (laptop: 1000)."
+Steps = Annotated[Optional[int], _training(SOURCE_STEPS)]
 TargetSteps = Annotated[Optional[int], _training("Optimiser steps on the target (laptop: 100).", min=1)]
 Network = Annotated[Optional[str], _training("unet (small), dynunet (nnU-Net's topology) or segresnet.")]
 Optimiser = Annotated[

@@ -102,7 +102,7 @@ _STAGE_RANGES = {
 }
 
 
-def _check_range(option: str, value: float | None) -> None:
+def _check_amount(option: str, value: float | None) -> None:
     "Raises `InputError` for a number that an option of a stage cannot be; None is the optimiser's usual."
     low, high, what = _STAGE_RANGES[option]
     if value is not None and not (isinstance(value, (int, float)) and low <= value <= high):
@@ -136,7 +136,7 @@ class Stage:
         for option in _STAGE_CHOICES:
             _check_choice(option, getattr(self, option))
         for option in _STAGE_RANGES:
-            _check_range(option, getattr(self, option))
+            _check_amount(option, getattr(self, option))
         if not 0 < self.lr < np.inf:
             raise InputError(f"A learning rate must be above 0, not {self.lr}: take one such as 0.001.")
         if self.steps < 1 or self.validation < 0:
