@@ -240,11 +240,13 @@ def usual_candidates(
     ranked: tuple[str, ...],  # names of sources, the nearest first
     paths: tuple[tuple[str, ...], ...] = (),  # names along each path, candidates too
     singles: int = 3,  # how many of the nearest sources are tried
+    richest: str | None = None,  # name of the source with the most patients; None where the nearest has as many
 ) -> tuple[Candidate, ...]:  # each once, the cheapest first
     "What `recommended` chooses from when nobody says otherwise."
     near = tuple(ranked[:singles])
     alone = [Candidate("direct-choice", (source,)) for source in near]
-    before = [Candidate("sequential", (source, near[0])) for source in near[1:]]
+    earlier = [name for name in (*near[1:2], richest) if name]
+    before = [Candidate("sequential", (source, near[0])) for source in earlier]
     both = [Candidate("joint", near[:2])] if len(near) > 1 else []
     given = [Candidate("sequential", tuple(path)) for path in paths if len(path) > 1]
     return tuple(dict.fromkeys([Candidate("scratch"), *alone, *before, *both, *given]))

@@ -251,7 +251,8 @@ class Question:
     @property
     def choices(self) -> tuple[Choice, ...]:  # one for each path
         "What the arms take their sources from."
-        pool = self.split.sources.names
+        among = self.study.among or self.split.sources.names
+        pool = tuple(name for name in self.split.sources.names if name in among)
         return tuple(Choice(path, self.nearest, pool, self.candidates) for path in self.paths)
 
     def cost(
@@ -317,6 +318,13 @@ def _ranked(study: Study, near: Affinity, target: str, names: tuple[str, ...]) -
     return tuple(name for name in dict.fromkeys([*given, *every]) if name in names)
 
 
+def _richest(ranked: tuple[str, ...], split: Protocol) -> str | None:
+    "The source with the most patients, of equal ones the nearest; None where the nearest source has as many."
+    patients = {name: len(split.sources[name].patients) for name in ranked}
+    most = max(ranked, key=patients.get)
+    return most if patients[most] > patients[ranked[0]] else None
+
+
 def _can_follow(candidate: Candidate, split: Protocol, recipe: Recipe) -> bool:
     "Whether the recipe has steps and hops that suit a candidate."
     try:
@@ -346,7 +354,7 @@ def question_candidates(
         return (Candidate("direct-choice", ranked[:1]),)
     known = paths[:1] if study.paths == "all" else paths
     along = tuple(path for path in known if set(path) <= set(names))
-    usual = usual_candidates(ranked, along, study.tried)
+    usual = usual_candidates(ranked, along, study.tried, _richest(ranked, split))
     return tuple(candidate for candidate in usual if _can_follow(candidate, split, study.recipe))
 
 # %% ../nbs/42_questions.ipynb #57db3276

@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from seqtransfer.datasets import read_pool
+from seqtransfer.plans import Plan
 from seqtransfer.results import results_table
 from seqtransfer.study import Recipe, Study
 from seqtransfer.tasks import TaskPool
@@ -40,15 +41,18 @@ def variant_study(pool: TaskPool, target: str, asked: dict, options: dict) -> St
     return Study(pool, (target,), **given, seeds=seeds, shots=shots, test=asked["test"], recipe=Recipe(**options))
 
 
-def carried_out(study: Study, here: Path, stages: Path) -> pd.DataFrame:
-    "The mean Dice of each run; stages are shared by all studies."
+def carried_out(study: Study, here: Path, stages: Path) -> Plan:
+    "Carries a study out; its stages lie with those of all others."
     here.mkdir(parents=True, exist_ok=True)
     link = here / "stages"
     if not link.is_symlink():
         link.symlink_to(os.path.relpath(stages, here), target_is_directory=True)
-    carry_out(study, here)
-    table = results_table(here)
-    return table.groupby(["target", "seed", "arm"], sort=False).dice.mean().round(4).reset_index()
+    return carry_out(study, here).plan
+
+
+def means(here: Path) -> pd.DataFrame:
+    "The mean Dice of each run of a study."
+    return results_table(here).groupby(["target", "seed", "arm"], sort=False).dice.mean().round(4).reset_index()
 
 
 def main(folder: Path, out: Path) -> None:
@@ -59,9 +63,10 @@ def main(folder: Path, out: Path) -> None:
     for place, (variant, options) in enumerate(asked["variants"].items()):
         for target in asked["cells"]:
             study = variant_study(pool, target, asked, options)
-            means = carried_out(study, out / f"{place}-{target}", stages)
-            found.append(means.assign(variant=variant))
-            print(variant, target, means.dice.tolist(), flush=True)
+            here = out / f"{place}-{target}"
+            carried_out(study, here, stages)
+            found.append(means(here).assign(variant=variant))
+            print(f"{variant}, {target}: done", flush=True)
     pd.concat(found).to_csv(RECORDS / "recipes.csv", index=False)
 
 

@@ -1,0 +1,187 @@
+"""Carries out the studies of `evidence.yaml`, one cell (a target and a seed) after the other, and keeps tidy tables.
+
+`make evidence` calls it: evidence.py DATA OUT [CELL ...], where DATA holds `realdata` and `realpool`. A run that was
+interrupted goes on: what is finished is found again. With cells, e.g. `real.IBSR-T1-CSF.0`, it does these alone."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+from joblib import Parallel, delayed
+from recipes import carried_out, linked_pool
+
+from seqtransfer.clusters import cores
+from seqtransfer.core import code_digest, read_json, replacing, write_json
+from seqtransfer.datasets import read_pool
+from seqtransfer.evaluation import evaluate
+from seqtransfer.features import score_pool
+from seqtransfer.folders import result_file
+from seqtransfer.networks import load_network
+from seqtransfer.plans import ArmRun, Plan
+from seqtransfer.results import results_table
+from seqtransfer.study import Study
+from seqtransfer.tasks import TaskPool
+from seqtransfer.training import mean_dice, prepare_task
+from seqtransfer.zoo import write_zoo
+
+RECORDS = Path(__file__).parent
+SCORES = ("leep", "logme")  # of source models
+TABLES = ("runs", "held-out", "distances")
+
+
+@dataclass(frozen=True)
+class Cell:
+    "One target under one seed."
+
+    pool: str  # real or zoo
+    target: str  # name of the task
+    seed: int  # of split and training
+
+    def __str__(self) -> str:
+        return f"{self.pool}.{self.target}.{self.seed}"
+
+
+def read_asked() -> dict:
+    "What `evidence.yaml` says."
+    return yaml.safe_load((RECORDS / "evidence.yaml").read_text())
+
+
+def cells_of(asked: dict) -> list[Cell]:
+    "All cells, the first seed of every target before the second."
+    seeds, pools = asked["seeds"], asked["pools"].items()
+    return [Cell(name, target, seed) for seed in seeds for name, pool in pools for target in pool["targets"]]
+
+
+def open_pool(name: str, data: Path, out: Path) -> TaskPool:
+    "The tasks of a pool; phantoms are drawn when they are not there."
+    if name == "real":
+        return linked_pool(data, out)
+    return read_pool(write_zoo(out / "zoo", like="fets2022", size=48, cases="paper/10"))
+
+
+def cell_study(cell: Cell, pool: TaskPool, asked: dict, options: dict) -> Study:
+    "One of the studies on one cell."
+    among = tuple(asked["pools"][cell.pool]["among"])
+    options = {**options, "arms": tuple(options["arms"])}
+    given = {"among": among, "seeds": (cell.seed,), "shots": asked["shots"], "test": asked["test"]}
+    return Study(pool, (cell.target,), **given, **options)
+
+
+def judged_run(planned: Plan) -> ArmRun | None:
+    "The run that chose among candidates."
+    return next((run for run in planned.runs if run.tried), None)
+
+
+def candidate_scores(planned: Plan, run: ArmRun, stages: Path) -> pd.DataFrame:
+    "Each candidate on the test patients: what would have come of another choice."
+    question, found = planned.question(run), []
+    for tried in run.tried:
+        net = load_network(stages / tried.stages[-1] / "model.safetensors", question.network)
+        scores = evaluate(net, question.split.test, question.network)
+        kept = scores[["patient", "dice", "hd95", "surface_dice"]]
+        found.append(kept.assign(arm="candidate", path=tried.name, steps=tried.steps, sources=len(tried.sources)))
+    return pd.concat(found)
+
+
+def held_out(run: ArmRun, here: Path) -> pd.DataFrame:
+    "Dice of each candidate on each labelled patient who was held out, and which was chosen."
+    said = read_json(result_file(here, run.label, run.seed))["verdict"]
+    scores = pd.DataFrame(said["scores"]).melt("patient", var_name="candidate", value_name="dice")
+    return scores.assign(chosen=scores.candidate == said["chosen"])
+
+
+def source_models(planned: Plan, stages: Path) -> dict[str, Path]:
+    "The checkpoint of each source alone."
+    runs = [run for run in planned.runs if run.arm == "direct-each"]
+    return {run.sources[0]: stages / run.stages[0] / "model.safetensors" for run in runs}
+
+
+def zero_shot(models: dict[str, Path], planned: Plan) -> pd.Series:
+    "Mean Dice of each source model on the labelled patients, before it is fine-tuned."
+    (question,) = planned.opened.questions
+    data = prepare_task(question.split.train, question.network)
+    found = {}
+    for name, file in models.items():
+        found[name] = mean_dice(load_network(file, question.network), data, question.network)
+    return pd.Series(found)
+
+
+def distances(cell: Cell, planned: Plan, published: Plan, stages: Path) -> pd.DataFrame:
+    "From each source to the target: each term, the published affinity, what source models say. Lower is closer."
+    (question,) = planned.opened.questions
+    (as_published,) = published.opened.questions
+    names = question.near.names[:-1]
+    columns = {term: values[:-1, -1] for term, values in question.near.terms.items()}
+    columns["oca"] = 1 - columns["oca"]
+    columns["published"] = as_published.near.distance[:-1, -1]
+    table = pd.DataFrame(columns, index=names)
+    models = source_models(planned, stages)
+    table["zero-shot"] = -zero_shot(models, planned)
+    for name in SCORES:
+        scores = score_pool(name, models, question.split.train, question.network, seed=cell.seed)
+        table[name] = -scores.table.set_index("source").score
+    table["patients"] = [len(question.split.sources[name].patients) for name in names]
+    return table.rename_axis("source").reset_index()
+
+
+def parts_of(cell: Cell, out: Path) -> dict[str, Path]:
+    "Where the tables of a cell lie."
+    return {name: out / "parts" / f"{cell}.{name}.parquet" for name in TABLES}
+
+
+def do_cell(cell: Cell, pool: TaskPool, asked: dict, out: Path) -> None:
+    "Carries all studies of a cell out and keeps its tables."
+    torch.set_num_threads(1)
+    files = parts_of(cell, out)
+    if all(file.exists() for file in files.values()):
+        return
+    stages, plans, runs = out / "stages", {}, []
+    for name, options in asked["studies"].items():
+        here = out / "cells" / str(cell) / name.replace(" ", "-")
+        plans[name] = carried_out(cell_study(cell, pool, asked, options), here, stages)
+        runs.append(results_table(here).assign(study=name))
+    planned, here = plans["chosen"], out / "cells" / str(cell) / "chosen"
+    judged = judged_run(planned)
+    runs.append(candidate_scores(planned, judged, stages).assign(study="chosen", target=cell.target, seed=cell.seed))
+    tables = {
+        "runs": pd.concat(runs),
+        "held-out": held_out(judged, here),
+        "distances": distances(cell, planned, plans["published"], stages),
+    }
+    for name, file in files.items():
+        with replacing(file) as part:
+            tables[name].assign(pool=cell.pool, target=cell.target, seed=cell.seed).to_parquet(part, index=False)
+    print(f"{cell} is done", file=sys.stderr, flush=True)
+
+
+def keep(cells: list[Cell], out: Path) -> None:
+    "The tables of all cells as three files beside this one, and what made them."
+    (RECORDS / "evidence").mkdir(exist_ok=True)
+    for name in TABLES:
+        files = [parts_of(cell, out)[name] for cell in cells]
+        table = pd.concat(pd.read_parquet(file) for file in files if file.exists())
+        numbers = table.select_dtypes("float").columns
+        table[numbers] = table[numbers].round(5)
+        table.to_parquet(RECORDS / "evidence" / f"{name}.parquet", index=False)
+    done = sum(parts_of(cell, out)["runs"].exists() for cell in cells)
+    code = code_digest("training", "affinity", "verdict", "questions", "executors.here")
+    write_json(RECORDS / "evidence" / "run.json", {"cells": len(cells), "done": done, "code": code})
+
+
+def main(data: Path, out: Path, wanted: list[str]) -> None:
+    "A process for each core, each with cells of its own."
+    asked = read_asked()
+    cells = cells_of(asked)
+    for folder in ("parts", "stages"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    pools = {name: open_pool(name, data, out) for name in asked["pools"]}
+    todo = [cell for cell in cells if not wanted or str(cell) in wanted]
+    Parallel(cores())(delayed(do_cell)(cell, pools[cell.pool], asked, out) for cell in todo)
+    keep(cells, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute(), sys.argv[3:])
