@@ -50,7 +50,7 @@ def standing(
     spread = residual_spread(scores)
     table = pd.DataFrame({"candidate": dice.index, "dice": dice.to_numpy()})
     table["behind"] = dice.max() - table.dice
-    table["error"] = spread.sd * np.sqrt(2 / len(scores))
+    table["error"] = np.where(table.behind > 0, spread.sd * np.sqrt(2 / len(scores)), 0.0)
     table["cost"] = [float(costs[c]) for c in dice.index]
     return table.sort_values(["dice", "cost"], ascending=[False, True], kind="stable").reset_index(drop=True)
 
@@ -82,13 +82,13 @@ def expected_gain(
     candidate: str,  # the one that was chosen
     over: str,  # the other
 ) -> Gain:  # with a 95 % interval; as wide as can be where nothing tells its width
-    "The expected gain of a candidate over another on a new patient."
-    mean = float((scores[candidate] - scores[over]).mean())
-    spread = residual_spread(scores)
-    if not spread.freedom:
+    "The mean gain of a candidate over another that is expected of new patients."
+    gains = scores[candidate] - scores[over]
+    mean = float(gains.mean())
+    if len(gains) < 2:
         return Gain(over, mean, -1.0, 1.0)
-    reach = float(stats.t.ppf(0.975, spread.freedom)) * spread.sd * np.sqrt(2 / len(scores))
-    return Gain(over, mean, mean - reach, mean + reach)
+    reach = float(stats.t.ppf(0.975, len(gains) - 1)) * float(gains.std()) / np.sqrt(len(gains))
+    return Gain(over, mean, max(mean - reach, -1.0), min(mean + reach, 1.0))
 
 # %% ../nbs/33_verdict.ipynb #c50d5d91
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ class Verdict:
         tried = f"{len(self.table)} candidates, {turns}"
         best = self.table.candidate[0]
         if best == self.chosen:
-            why = "it is the best of them"
+            why = "it has the highest mean Dice"
         else:
-            why = f"it is the cheapest within {self.errors:g} standard errors of the best, {best}"
+            errors = "one standard error" if self.errors == 1 else f"{self.errors:g} standard errors"
+            why = f"it is the cheapest within {errors} of the highest mean Dice, that of {best}"
         gains = ", ".join(map(str, self.gains))
         return f"Use {self.chosen}: of {tried}, {why}" + (f". Expected: {gains}." if gains else ".")
 
@@ -126,6 +127,9 @@ def verdict(
     if scores.isna().any(axis=None):
         patient, candidate = scores.isna().stack().idxmax()
         raise InputError(f"{candidate} was not tested on {patient}: finish its training, or leave it out.")
+    unknown = [over for over in against if over not in scores]
+    if unknown:
+        raise InputError(f"{unknown[0]} is no candidate: the candidates are {', '.join(map(str, scores))}.")
     table = standing(scores, costs)
     chosen = cheapest_within(table, errors)
     gains = tuple(expected_gain(scores, chosen, over) for over in against if over != chosen)
