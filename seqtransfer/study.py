@@ -69,7 +69,7 @@ class Recipe:
     centred: float = 2 / 3  # share of the patches that are centred on the label
     head: str = "keep"  # keep the head at each hop, or reset it as the paper does
     hops: tuple[dict, ...] = ()  # what the stage at this place along the sources does differently
-    fine_tuning: dict | None = None  # what the target's stage does differently; without a source all but rates and parts
+    fine_tuning: dict | None = None  # what the target's stage does differently
     start: str = ""  # checkpoint from elsewhere that the first source starts from; empty: fresh weights
     start_modalities: tuple[str, ...] = ()  # names of its input channels, in order
 
