@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/explanations/*.ipynb) nbs/benchmarks.ipynb nbs/gallery.ipynb nbs/index.ipynb
 TEMPLATES := affinity stage transfer_path report grid
 
-.PHONY: help install demo test test-slow test-browser docs notebooks export readme record transfer compare grid recipes bench lab clean
+.PHONY: help install demo test test-slow test-browser docs notebooks export readme record transfer compare grid recipes evidence bench lab clean
 
 help:
 	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make compare    all arms of the protocol on a phantom target with three seeds (about 15 minutes)"
 	@echo "make grid       every sequence of two of six phantom sources, for two targets and three seeds (under 15 minutes)"
 	@echo "make recipes    one set of source models fine-tuned under ten recipes, on real MRI (DATA=../shared; about two hours on one core)"
+	@echo "make evidence   is the recommendation right, on real MRI and on a phantom zoo of uneven sizes? (DATA=../shared; hours on two cores, goes on where it was)"
 	@echo "make bench      the affinity against reading the files and the paper's loop; the training loop against its passes alone; the engine against the function it calls (about 25 minutes; 0.7 GB of phantom volumes stay in the cache)"
 	@echo "make clean      remove what demo left; the environment stays"
 
@@ -97,6 +98,9 @@ grid: $(READY)
 DATA ?= ../shared
 recipes: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/recipes.py $(DATA) demo/recipes
+
+evidence: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python nbs/records/evidence.py $(DATA) demo/evidence
 
 bench: $(READY)
 	SEQTRANSFER_BENCH_RECORD=$(RECORD) $(BIN)/python -m pytest tests/bench_affinity.py tests/bench_training.py tests/bench_grid.py -q -s
