@@ -62,13 +62,12 @@ notebooks: $(READY)
 	SEQTRANSFER_CACHE=$(abspath $(VENV))/pages $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(PAGES)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(TEMPLATES:%=nbs/experiments/%.ipynb)
 	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True $(PAGES)
-	$(BIN)/python nbs/records/tidy.py pages
+	$(BIN)/python nbs/records/tidy.py
 	$(BIN)/nbdev_clean
 	$(MAKE) export readme
 
 export: $(READY)
 	$(BIN)/nbdev_export
-	@$(BIN)/python nbs/records/tidy.py package
 	@mkdir -p seqtransfer/experiments
 	@for t in $(TEMPLATES); do $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --clear-output --stdout nbs/experiments/$$t.ipynb > .part && mv .part seqtransfer/experiments/$$t.ipynb || exit 1; done
 

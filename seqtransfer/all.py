@@ -22,7 +22,9 @@ from .validation import task_table, validate
 from .zoo import demo_zoo, write_zoo
 
 # %% ../nbs/70_all.ipynb #63f15715
-__all__ = [*("demo_zoo", "write_zoo", "read_pool", "task_table", "validate", "Task", "TaskPool", "protocol"),
-           *("Affinity", "affinity", "TransferPath", "best_paths", "explain", "path_table", "recommend",
-           "side_by_side"), *("ARMS", "Recipe", "Study", "read_study", "carry_out", "compare", "run", "grid"),
-           *("Comparison", "read_results", "readable", "report", "write_predictions", "export_bundle", "InputError"),]
+__all__ = [
+    *("demo_zoo", "write_zoo", "read_pool", "task_table", "validate", "Task", "TaskPool", "protocol"),
+    *("Affinity", "affinity", "TransferPath", "best_paths", "explain", "path_table", "recommend", "side_by_side"),
+    *("ARMS", "Recipe", "Study", "read_study", "carry_out", "compare", "run", "grid"),
+    *("Comparison", "read_results", "readable", "report", "write_predictions", "export_bundle", "InputError"),
+]

@@ -88,6 +88,9 @@ def test_export_and_readme_leave_no_difference(copy):
     command = ["make", "-s", "-o", ".venv/.ready", "export", "readme"]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     kinds = "seqtransfer/**/*.py", "seqtransfer/**/*.ipynb", "README.md", "nbs/images/*"
+    exported = contents(copy, "seqtransfer/**/*.py")
+    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True)
+    assert differing(exported, contents(copy, "seqtransfer/**/*.py")) == [], "make export does more than nbdev_export"
     assert differing(contents(ROOT, *kinds), contents(copy, *kinds)) == [], "run make export readme"
 
 
@@ -171,7 +174,7 @@ PLACES = re.compile(r"(?<![\w.])/(?:tmp|home|root|work|Users)/\w")  # of somebod
 def test_outputs_name_no_place_of_a_machine(notebook):
     outputs = [output for cell in cells(notebook) for output in cell.get("outputs", [])]
     told = [PLACES.findall(json.dumps(without_pictures(output))) for output in outputs]
-    assert not any(told), "run make notebooks, or nbs/records/tidy.py pages"
+    assert not any(told), "run make notebooks, or nbs/records/tidy.py"
 
 
 def without_pictures(output):
@@ -179,10 +182,13 @@ def without_pictures(output):
     return {**output, "data": data}
 
 
+LIST_OF_NAMES = re.compile(r"^__all__ = \[.*?\]$", re.DOTALL | re.MULTILINE)  # nbdev's, which wraps it as it likes
+
+
 def test_the_package_keeps_to_120_columns():
     for file in (ROOT / "seqtransfer").rglob("*.py"):
         if file.name != "_modidx.py":
-            assert wide_lines(file.read_text()) == [], file.name
+            assert wide_lines(LIST_OF_NAMES.sub("", file.read_text())) == [], file.name
 
 
 # ---------------------------------------------------------------- modules

@@ -1,25 +1,15 @@
-"""What nbdev and Jupyter leave untidy: lists of names wider than 120 columns, and places of this machine in outputs.
-
-`make export` calls it for the package and `make notebooks` for the pages too. Usage: tidy.py package | pages"""
+"""Takes the places of this machine out of the outputs of all pages. `make notebooks` calls it."""
 
 import json
 import re
-import sys
+import tempfile
 from pathlib import Path
-from textwrap import fill
 
 ROOT = Path(__file__).parents[2]
-NAMES = re.compile(r"^__all__ = \[(.*?)\]$", re.DOTALL | re.MULTILINE)
 PLACES = (
-    (re.compile(r"/tmp/tmp\w+"), "WORK"),  # folders of `tempfile`
+    (re.compile(re.escape(f"{tempfile.gettempdir()}/tmp") + r"\w+"), "WORK"),
     (re.compile(r"/[\w./-]*/\.venv/(?:cache|pages)|/[\w./-]*/\.cache/seqtransfer"), "CACHE"),
 )
-
-
-def rewrapped(names: re.Match) -> str:
-    "A list of names in lines of at most 120 columns."
-    words = " ".join(names[1].split())
-    return fill(f"__all__ = [{words}]", 120, subsequent_indent=" " * 11, break_long_words=False)
 
 
 def without_places(value: object) -> object:
@@ -35,17 +25,8 @@ def without_places(value: object) -> object:
     return value
 
 
-def tidy_package() -> None:
-    "Wraps the lists of names of the package's modules."
-    for file in (ROOT / "seqtransfer").rglob("*.py"):
-        source = file.read_text()
-        tidied = NAMES.sub(rewrapped, source)
-        if tidied != source:
-            file.write_text(tidied)
-
-
 def tidy_pages() -> None:
-    "Takes the places of this machine out of the outputs of all pages."
+    "Rewrites each page whose outputs name a place of this machine."
     for file in (ROOT / "nbs").rglob("*.ipynb"):
         page = json.loads(file.read_text())
         tidied = {**page, "cells": [without_outputs_places(cell) for cell in page["cells"]]}
@@ -59,4 +40,4 @@ def without_outputs_places(cell: dict) -> dict:
 
 
 if __name__ == "__main__":
-    {"package": tidy_package, "pages": tidy_pages}[sys.argv[1]]()
+    tidy_pages()
