@@ -9,8 +9,8 @@ TEMPLATES := affinity stage transfer_path report grid
 .PHONY: help install demo test test-slow test-browser docs notebooks export readme record transfer compare grid recipes evidence bench lab clean
 
 help:
-	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 3 minutes)"
-	@echo "make test       the notebooks' own tests, pytest, and the three gates (about 20 minutes)"
+	@echo "make demo       a phantom zoo, its affinity, a chosen path, three trained arms, a report (about 5 minutes)"
+	@echo "make test       the notebooks' own tests, pytest, and the gates (about 50 minutes on two cores)"
 	@echo "make test-slow  the cells of the notebooks that make test leaves out, so that no page takes it longer than a minute (under 3 minutes)"
 	@echo "make test-browser  the heatmap in a real browser: JupyterLab and the page without a kernel (installs Debian's Chromium; about 1 minute)"
 	@echo "make docs       build the site with Quarto"
@@ -72,7 +72,7 @@ export: $(READY)
 	@for t in $(TEMPLATES); do $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --clear-output --stdout nbs/experiments/$$t.ipynb > .part && mv .part seqtransfer/experiments/$$t.ipynb || exit 1; done
 
 readme: $(READY)
-	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide_input --TagRemovePreprocessor.remove_all_outputs_tags=hide_output --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
 	@sed -E 's#\]\(((tutorials|howto|explanations|experiments)/[^)]*|[0-9a-z_.]+\.ipynb[^)]*)\)#](nbs/\1)#g' README.md > .part && mv .part README.md
 
 # Quarto says what it could not resolve and ends well all the same.

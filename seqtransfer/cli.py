@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'WIDE', 'out_console', 'err_console', 'DATA', 'SPLIT', 'MODE', 'WEIGHTS', 'GPU', 'Data', 'Target', 'Shots',
            'Test', 'Seed', 'Mode', 'Weights', 'Sources', 'Top', 'Json', 'Device', 'SampledCases', 'Sites', 'Modalities',
-           'Labels', 'Cases', 'AUGMENT', 'FREEZE', 'HELD', 'RATE', 'USUAL', 'ROOM', 'BEGIN', 'CHANNELS', 'WAYS',
-           'MIRRORING', 'RecipeName', 'SOURCE_STEPS', 'Steps', 'TargetSteps', 'Network', 'Optimiser', 'Augmentation',
-           'Mirror', 'Head', 'Freeze', 'Validation', 'Lr', 'TargetLr', 'Memory', 'Compiled', 'Start', 'StartModalities',
-           'Version', 'LAYOUT', 'PATIENTS', 'CHECK', 'ALSO', 'FOR', 'TABLE_FILE', 'PAGE', 'WHY', 'TIED', 'ARM_HELP',
-           'GOES_ON', 'SEEDS', 'Arms', 'Seeds', 'GRID_FILE', 'WORKERS', 'THREADS', 'LIMIT', 'JOIN', 'SLURM', 'GridOut',
-           'MODEL', 'IMAGES', 'Model', 'Images', 'Masks', 'CLEAR', 'NO_IMAGES', 'ANONYMISE', 'say', 'show_table',
-           'options', 'phantom', 'tasks', 'affinity', 'paths', 'run', 'grid', 'status', 'predict', 'export', 'cache',
-           'report', 'answered', 'main']
+           'Labels', 'Cases', 'WAYS', 'SOURCE_STEPS', 'DESCENT', 'RecipeName', 'Steps', 'TargetSteps', 'Network',
+           'Optimiser', 'AUGMENT', 'MIRRORING', 'Augmentation', 'Mirror', 'HOPS', 'FREEZE', 'HELD', 'RATE',
+           'TARGET_RATE', 'Head', 'Freeze', 'Validation', 'Lr', 'TargetLr', 'ROOM', 'COMPILE', 'BEGIN', 'CHANNELS',
+           'Memory', 'Compiled', 'Start', 'StartModalities', 'Version', 'LAYOUT', 'PATIENTS', 'CHECK', 'ALSO', 'FOR',
+           'TABLE_FILE', 'PAGE', 'WHY', 'TIED', 'ARM_HELP', 'GOES_ON', 'SEEDS', 'Arms', 'Seeds', 'GRID_FILE', 'WORKERS',
+           'THREADS', 'LIMIT', 'JOIN', 'SLURM', 'GridOut', 'MODEL', 'IMAGES', 'Model', 'Images', 'Masks', 'CLEAR',
+           'NO_IMAGES', 'ANONYMISE', 'say', 'show_table', 'options', 'phantom', 'tasks', 'affinity', 'paths', 'run',
+           'grid', 'status', 'predict', 'export', 'cache', 'report', 'answered', 'main']
 
 # %% ../nbs/60_cli.ipynb #36aa9438
 import json
@@ -144,74 +144,72 @@ def _training(help: str, *names: str, **options) -> object:
     return typer.Option(*names, help=help, rich_help_panel="How to train", **options)
 
 
-AUGMENT = (
-    "light (mirroring, brightness), shift (and small moves, noise), medium (and rotation, zoom, gamma) or "
-    "nnunet (nnU-Net's: rotation, zoom, noise, blur, contrast, resolution)."
-)
-FREEZE = (
-    "Parts held still while a transferred network is trained on the target: encoder, decoder, head, or "
-    "the beginning of"
-)
-HELD = (
-    "So many of the --shots labelled target patients are held out of training, to keep the weights that "
-    "do best on them"
-)
-RATE = (
-    "Initial learning rate on sources, and on the target from fresh weights; when not given what suits optimiser and"
-)
-USUAL = "network (0.005 for adamw with unet, 0.001 with the others, 0.01 for sgd)."
-ROOM = (
-    "GB that a training step may take; the patch is made smaller to fit. Two thirds of the GPU's, or 8, "
-    "when not given."
-)
-BEGIN = (
-    "Weights from elsewhere that the first source starts from, instead of fresh ones: .safetensors, .pt, "
-    ".pth or .ckpt."
-)
-CHANNELS = (
-    "With --start: names of the modalities that its network takes, in order, e.g. T1,T2,FLAIR; the one of the source"
-)
-
 WAYS = (
     "How to train, by name: laptop (a small network, minutes), nnunet (nnU-Net's way, for a GPU) or paper (that for "
     "500 epochs on sources and 250 on the target, the head reset at each hop). The options below change parts of it."
+)
+SOURCE_STEPS = "Optimiser steps on sources, in sum over the sources of an arm (laptop: 1000)."
+DESCENT = "adamw (rate along a cosine) or sgd (nnU-Net's: Nesterov, polynomial decay)."
+
+RecipeName = Annotated[str, _training(WAYS, "--recipe")]
+Steps = Annotated[Optional[int], _training(SOURCE_STEPS)]
+TargetSteps = Annotated[Optional[int], _training("Optimiser steps on the target (laptop: 100).", min=1)]
+Network = Annotated[Optional[str], _training("unet (small), dynunet (nnU-Net's topology) or segresnet.")]
+Optimiser = Annotated[Optional[str], _training(DESCENT)]
+
+# %% ../nbs/60_cli.ipynb #7957d2b2
+AUGMENT = (
+    "light (mirroring, brightness), shift (and small moves, noise; laptop), medium (and rotation, zoom, gamma) or "
+    "nnunet (nnU-Net's: rotation, zoom, noise, blur, contrast, resolution)."
 )
 MIRRORING = (
     "Along which axes patches are mirrored: auto (not where the label lies on one side of the head), all or none."
 )
 
-RecipeName = Annotated[str, _training(WAYS, "--recipe")]
-SOURCE_STEPS = "Optimiser steps on sources, in sum over the sources of an arm (laptop: 1000)."
-Steps = Annotated[Optional[int], _training(SOURCE_STEPS)]
-TargetSteps = Annotated[Optional[int], _training("Optimiser steps on the target (laptop: 100).", min=1)]
-Network = Annotated[Optional[str], _training("unet (small), dynunet (nnU-Net's topology) or segresnet.")]
-Optimiser = Annotated[
-    Optional[str], _training("adamw (rate along a cosine) or sgd (nnU-Net's: Nesterov, polynomial decay).")
-]
 Augmentation = Annotated[Optional[str], _training(AUGMENT)]
 Mirror = Annotated[Optional[str], _training(MIRRORING)]
-Head = Annotated[
-    Optional[str], _training("keep or reset: what happens to the last layer at each hop; the paper resets it.")
-]
-Freeze = Annotated[Optional[str], _training(f"{FREEZE} a parameter's name; separated by commas.")]
-Validation = Annotated[int, _training(f"{HELD} and to stop early. Test patients are never used for this.", min=0)]
-Lr = Annotated[Optional[float], _training(f"{RATE} {USUAL}", "--lr")]
-TargetLr = Annotated[
-    Optional[float],
-    _training("Initial learning rate on the target from trained weights; a tenth of the usual --lr when not given."),
-]
+
+# %% ../nbs/60_cli.ipynb #8f1a56c3
+HOPS = "keep or reset: what happens to the last layer at each hop; the paper resets it."
+FREEZE = (
+    "Parts held still while a transferred network is trained on the target: encoder, decoder, head, or "
+    "the beginning of a parameter's name; separated by commas."
+)
+HELD = (
+    "So many of the --shots labelled target patients are held out of training, to keep the weights that do best on "
+    "them and to stop early. Test patients are never used for this."
+)
+RATE = (
+    "Highest learning rate on sources, and on the target from fresh weights; when not given what suits optimiser and "
+    "network (0.005 for adamw with unet, 0.001 with the others, 0.01 for sgd)."
+)
+TARGET_RATE = "Highest learning rate on the target from trained weights; the usual --lr when not given."
+
+Head = Annotated[Optional[str], _training(HOPS)]
+Freeze = Annotated[Optional[str], _training(FREEZE)]
+Validation = Annotated[int, _training(HELD, min=0)]
+Lr = Annotated[Optional[float], _training(RATE, "--lr")]
+TargetLr = Annotated[Optional[float], _training(TARGET_RATE)]
+
+# %% ../nbs/60_cli.ipynb #b87ca6d2
+ROOM = (
+    "GB that a training step may take; the patch is made smaller to fit. Two thirds of the GPU's, or 8, "
+    "when not given."
+)
+COMPILE = "Let torch compile the network: up to a minute at the beginning of each stage, which pays in long ones."
+BEGIN = (
+    "Weights from elsewhere that the first source starts from, instead of fresh ones: .safetensors, .pt, "
+    ".pth or .ckpt. Nothing in the file is executed."
+)
+CHANNELS = (
+    "With --start: names of the modalities that its network takes, in order, e.g. T1,T2,FLAIR; the one of the source "
+    "is picked. When not given, or not among them, they are averaged."
+)
+
 Memory = Annotated[Optional[float], _training(ROOM)]
-Compiled = Annotated[
-    bool,
-    _training(
-        "Let torch compile the network: up to a minute at the beginning of each stage, which pays in long ones.",
-        "--compile",
-    ),
-]
-Start = Annotated[Optional[Path], _training(f"{BEGIN} Nothing in the file is executed.")]
-StartModalities = Annotated[
-    Optional[str], _training(f"{CHANNELS} is picked. When not given, or not among them, they are averaged.")
-]
+Compiled = Annotated[bool, _training(COMPILE, "--compile")]
+Start = Annotated[Optional[Path], _training(BEGIN)]
+StartModalities = Annotated[Optional[str], _training(CHANNELS)]
 
 # %% ../nbs/60_cli.ipynb #260cfeb4
 def _recipe(
@@ -345,17 +343,6 @@ def tasks(
         raise typer.Exit(1)
 
 # %% ../nbs/60_cli.ipynb #3e991e8a
-FOR = "The task you want to segment: only its --shots patients are read, and its test patients are removed everywhere."
-TABLE_FILE = (
-    "Table to write, .csv or .parquet, one row per ordered pair with 95 % intervals; a heatmap is drawn "
-    "beside it (.png)."
-)
-PAGE = (
-    "Also write the matrix as one page that can be moved with the mouse, without Python and without a "
-    "network; it shows a slice of each task."
-)
-
-
 def _affinity(pool: object, mode: str, weights: Path | None, **options) -> object:
     "The distances of a pool, under the mode's weights or those of a file."
     from seqtransfer import affinity as module
@@ -369,16 +356,50 @@ def _without_intervals(table: object) -> object:
     ends = [c for c in table if c.endswith((" low", " high")) and not c.startswith("Distance")]
     return table.drop(columns=ends)
 
+# %% ../nbs/60_cli.ipynb #837303af
+def _check_places(out: Path, html: Path | None) -> None:
+    "Raises `InputError` for a table that is neither CSV nor parquet, and for a folder that cannot be written."
+    if out.suffix not in (".csv", ".parquet"):
+        names = f"call it {out.stem}.csv or {out.stem}.parquet"
+        raise InputError(f"The table is a CSV or parquet file, and {out} ends in neither: {names}.")
+    for file in filter(None, (out, html)):
+        writable(file.absolute().parent)
+
+
+def _write_affinity(near: object, out: Path, html: Path | None, pool: object, target: str | None) -> list[Path]:
+    "Writes an affinity in every form that was asked for; returns the files."
+    from seqtransfer import plots
+
+    near.save(out)
+    picture = out.with_suffix(".png")
+    with replacing(picture) as part:
+        plots.affinity_heatmap(near).figure.savefig(part, bbox_inches="tight", dpi=110)
+    if html is not None:
+        from seqtransfer.widgets import AffinityExplorer
+
+        AffinityExplorer(near, pool, target=target).save_html(html)
+    beside = [out.with_suffix(".json")] if out.suffix == ".csv" else []
+    return [file for file in (out, *beside, picture, html) if file]
+
+# %% ../nbs/60_cli.ipynb #81597adc
+FOR = (
+    "The task you want to segment: only its --shots patients are read, and its test patients are removed everywhere. "
+    "Without it all patients are used; choose no path from that matrix."
+)
+TABLE_FILE = (
+    "Table to write, .csv or .parquet, one row per ordered pair with 95 % intervals; a heatmap is drawn "
+    "beside it (.png)."
+)
+PAGE = (
+    "Also write the matrix as one page that can be moved with the mouse, without Python and without a "
+    "network; it shows a slice of each task."
+)
+
 
 @app.command()
 def affinity(
     data: Data,
-    target: Annotated[
-        Optional[str],
-        typer.Option(
-            "--target", "-t", help=f"{FOR} Without it all patients are used; choose no path from that matrix."
-        ),
-    ] = None,
+    target: Annotated[Optional[str], typer.Option("--target", "-t", help=FOR)] = None,
     shots: Shots = 3,
     test: Test = None,
     seed: Seed = 0,
@@ -398,33 +419,18 @@ def affinity(
     import matplotlib
 
     matplotlib.use("Agg")
-    from seqtransfer import plots
     from seqtransfer.datasets import read_pool
 
-    if out.suffix not in (".csv", ".parquet"):
-        names = f"call it {out.stem}.csv or {out.stem}.parquet"
-        raise InputError(f"The table is a CSV or parquet file, and {out} ends in neither: {names}.")
-    for file in filter(None, (out, html)):
-        writable(file.absolute().parent)
+    _check_places(out, html)
     pool = read_pool(data, **_wanted(sites, modalities, labels, cases))
     split = {"target": target, "shots": shots, "seed": seed, "test": test}
     near = _affinity(pool, mode, weights, **split, cases=sampled, device=device)
-    near.save(out)
-    picture = out.with_suffix(".png")
-    with replacing(picture) as part:
-        plots.affinity_heatmap(near).figure.savefig(part, bbox_inches="tight", dpi=110)
-    if html is not None:
-        from seqtransfer.widgets import AffinityExplorer
-
-        AffinityExplorer(near, pool, target=target).save_html(html)
+    files = _write_affinity(near, out, html, pool, target)
     table = near.frame(intervals=True).sort_values("Distance", kind="stable")
     shown = table if as_json else _without_intervals(table.head(len(near.names)))
-    title = (
-        f"The {len(shown)} nearest of {len(table)} ordered pairs; low and high: 95 % interval under resampled patients"
-    )
-    show_table(shown, title, as_json)
-    beside = [out.with_suffix(".json")] if out.suffix == ".csv" else []
-    say(f"wrote {', '.join(map(str, filter(None, [out, *beside, picture, html])))}")
+    pairs = f"The {len(shown)} nearest of {len(table)} ordered pairs"
+    show_table(shown, f"{pairs}; low and high: 95 % interval under resampled patients", as_json)
+    say(f"wrote {', '.join(map(str, files))}")
 
 # %% ../nbs/60_cli.ipynb #b4fa87fa
 WHY = (
@@ -495,20 +501,50 @@ def _clock(seconds: float | None) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-class _Shown:
-    "Progress of a study: bars in a terminal, a line for each notebook elsewhere."
+class _Screen:
+    "Where progress is shown: three bars in a terminal, lines elsewhere."
 
-    def __enter__(self):
+    def __init__(self):
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         self.bar = Progress(*columns, console=err_console) if err_console.is_terminal else None
-        self.todo, self.stages, self.failed = (), 0, 0
+
+    def start(self, notebooks: int, stages: int):
         if self.bar:
-            self.bar.start()
+            self.notebooks = self.bar.add_task("notebooks", total=notebooks)
+            self.stages = self.bar.add_task("stages", total=stages)
+            self.line = self.bar.add_task("", total=None)
+
+    def say(self, text: str):
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def show_line(self, text: str):
+        if self.bar:
+            self.bar.update(self.line, description=text[:100])
+
+    def count(self, notebooks: int, stages: int, ended: str, left: str):
+        if self.bar:
+            self.bar.update(self.notebooks, completed=notebooks, description=f"notebooks{left}")
+            self.bar.update(self.stages, completed=stages)
+        else:
+            self.say(f"{ended}{left}")
+
+# %% ../nbs/60_cli.ipynb #f2c3aa20
+class _Shown:
+    "Progress of a study, event by event."
+
+    def __enter__(self):
+        self.screen = _Screen()
+        self.todo, self.stages, self.failed = (), 0, 0
+        if self.screen.bar:
+            self.screen.bar.start()
         return self
 
     def __exit__(self, kind, *_):
-        if self.bar:
-            self.bar.stop()
+        if self.screen.bar:
+            self.screen.bar.stop()
         if kind is KeyboardInterrupt:  # typer would only say "Aborted"
             say("seqtransfer: stopped; the same command goes on where it was.")
             raise typer.Exit(130)
@@ -518,33 +554,23 @@ class _Shown:
         if told:
             told(event)
 
-    def say(self, text: str):
-        if self.bar:
-            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     def on_cluster(self, event):
-        self.say(f"dashboard: {event['dashboard']}")
+        self.screen.say(f"dashboard: {event['dashboard']}")
 
     def on_wait(self, event):
-        self.say("waiting for the first worker ...")
+        self.screen.say("waiting for the first worker ...")
 
     def on_report(self, event):
-        self.say("report ...")
+        self.screen.say("report ...")
 
     def on_begin(self, event):
         self.todo = event["todo"]
         before, left = len(event["jobs"]) - len(self.todo), len(self.todo)
-        self.say(f"{before} of {len(event['jobs'])} notebooks were done before, {left} are left")
-        if self.bar:
-            self.notebooks = self.bar.add_task("notebooks", total=left)
-            self.trained = self.bar.add_task("stages", total=self.n_stages)
-            self.line = self.bar.add_task("", total=None)
+        self.screen.say(f"{before} of {len(event['jobs'])} notebooks were done before, {left} are left")
+        self.screen.start(left, self.n_stages)
 
     def on_line(self, event):
-        if self.bar:
-            self.bar.update(self.line, description=f"{event['id']}: {event['line']}"[:100])
+        self.screen.show_line(f"{event['id']}: {event['line']}")
 
     def on_end(self, event):
         job, outcome = event["job"], event["outcome"]
@@ -552,16 +578,10 @@ class _Shown:
         self.failed += not done
         self.stages += len(job.stages) * done
         if outcome["state"] == "failed":
-            self.say(f"failed: {job.id}: {outcome['error']}")
-        self.count(event, self.left(event))
-
-    def count(self, event: dict, left: str):
-        if self.bar:
-            self.bar.update(self.notebooks, completed=event["ended"], description=f"notebooks{left}")
-            self.bar.update(self.trained, completed=self.stages)
-            return
-        ended = f"[{event['ended']}/{len(self.todo)}] {event['job'].id} {event['outcome']['state']}"
-        self.say(f"{ended}; {self.stages} of {self.n_stages} stages{left}")
+            self.screen.say(f"failed: {job.id}: {outcome['error']}")
+        ended = f"[{event['ended']}/{len(self.todo)}] {job.id} {outcome['state']}"
+        counted = f"{ended}; {self.stages} of {self.n_stages} stages"
+        self.screen.count(event["ended"], self.stages, counted, self.left(event))
 
     def left(self, event: dict) -> str:
         time = "" if event["left"] is None else f"; about {_clock(event['left'])} left"
@@ -602,7 +622,7 @@ def _print_models(out: Path, results: object) -> None:
     print(f"  seqtransfer predict {shlex.quote(str(model))} IMAGE.nii.gz --out MASKS")
     print(f"loss and learning rate of every stage:\n  tensorboard --logdir {shlex.quote(str(out / 'stages'))}")
 
-
+# %% ../nbs/60_cli.ipynb #bed8fc1d
 def _finish(out: Path, as_json: bool) -> None:
     "The tables at the end of `run` and `report`, and where everything is."
     import pandas as pd
@@ -640,6 +660,14 @@ Arms = Annotated[str, typer.Option(help=f"Arms to compare, separated by commas: 
 Seeds = Annotated[Optional[str], typer.Option("--seeds", help=SEEDS)]
 
 
+def _tell_failures(done: object) -> None:
+    "Says what was not done; the command then ends with 1."
+    for failure in done.failures:
+        say(f"failed: {failure.job}: {failure.error}")
+    if done.failures:
+        raise typer.Exit(1)
+
+# %% ../nbs/60_cli.ipynb #6b22e021
 @app.command()
 def run(
     data: Data,
@@ -678,45 +706,17 @@ def run(
     "Choose a path, train it, and compare it with direct transfer and training from scratch."
     from seqtransfer import transfer
 
-    recipe = _recipe(
-        recipe,
-        validation,
-        freeze,
-        start,
-        start_modalities,
-        source_steps=steps,
-        target_steps=target_steps,
-        source_lr=lr,
-        target_lr=target_lr,
-        network=network,
-        memory=memory,
-        compiled=compiled or None,
-        optimiser=optimiser,
-        augmentation=augmentation,
-        mirror=mirror,
-        head=head,
-    )
+    said = {"source_steps": steps, "target_steps": target_steps, "source_lr": lr, "target_lr": target_lr}
+    said |= {"network": network, "memory": memory, "compiled": compiled or None, "optimiser": optimiser}
+    said |= {"augmentation": augmentation, "mirror": mirror, "head": head}
+    trained = _recipe(recipe, validation, freeze, start, start_modalities, **said)
+    asked = {"arms": tuple(_names(arms, "arms")), "sources": sources, "shots": shots, "test": test}
+    asked |= {"seeds": _seeds(seed, seeds), "mode": mode, "weights": _weights(weights), "recipe": trained}
+    wanted = _wanted(sites, modalities, labels, cases)
     with _Shown() as show:
-        done = transfer.run(
-            data,
-            target,
-            out,
-            arms=tuple(_names(arms, "arms")),
-            sources=sources,
-            shots=shots,
-            test=test,
-            seeds=_seeds(seed, seeds),
-            mode=mode,
-            weights=_weights(weights),
-            recipe=recipe,
-            wanted=_wanted(sites, modalities, labels, cases),
-            show=show,
-        )
+        done = transfer.run(data, target, out, **asked, wanted=wanted, show=show)
     _finish(out, as_json)
-    for failure in done.failures:
-        say(f"failed: {failure.job}: {failure.error}")
-    if done.failures:
-        raise typer.Exit(1)
+    _tell_failures(done)
 
 # %% ../nbs/60_cli.ipynb #4996f6a4
 def _plan_sentences(s: dict) -> str:
@@ -777,7 +777,7 @@ def _cluster(
     who = clusters.local_workers(clusters.gpus(), clusters.cores(), threads, workers)
     return _Workers(clusters.local_cluster(threads, workers), machine(threads), len(who))
 
-
+# %% ../nbs/60_cli.ipynb #de91ed93
 def _finish_grid(done: object) -> None:
     "What is there now, what failed, and what to do."
     if done.report:

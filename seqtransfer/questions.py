@@ -290,7 +290,7 @@ def only_patient(
     "The task that a candidate is tested on while a patient is held out."
     return replace(train, cases=tuple(case for case in train.cases if case.patient == patient))
 
-
+# %% ../nbs/42_questions.ipynb #c8ac9f4c
 def without_labelled(
     split: Protocol,  # whose sources may hold the labelled patients under other labels or modalities
 ) -> Protocol:  # whose sources do not
@@ -299,7 +299,7 @@ def without_labelled(
     kept = [replace(t, cases=tuple(c for c in t.cases if c.patient not in few)) for t in split.sources]
     return replace(split, sources=TaskPool(tuple(t for t in kept if t.cases), split.sources.skipped))
 
-
+# %% ../nbs/42_questions.ipynb #f1af6e60
 def _given_candidates(study: Study, names: Iterable[str], judged: bool) -> tuple[Candidate, ...]:
     "The candidates that a study gives; raises `InputError` for one that cannot be judged."
     given = tuple(dict.fromkeys(Candidate(arm, tuple(sources)) for arm, *sources in study.candidates))
@@ -333,7 +333,7 @@ def _can_follow(candidate: Candidate, split: Protocol, recipe: Recipe) -> bool:
         return False
     return True
 
-
+# %% ../nbs/42_questions.ipynb #e27572c1
 def question_candidates(
     study: Study,  # what it says of candidates
     near: Affinity | None,  # distances, where the affinity was asked

@@ -25,7 +25,7 @@ measured make test > test.txt 2>&1 || { cat test.txt; exit 1; }
 records=$here/nbs/records
 if [ -d "$SEQTRANSFER_REALDATA" ]; then  # real MRI is not part of the project: the table is kept, no picture of it
   .venv/bin/seqtransfer run "$SEQTRANSFER_REALDATA" --target Hippocampus-T1-posterior --shots 4 --test 20 \
-    --arms scratch,scratch-total,direct-choice,sequential --out real > real.txt 2> real.log || { cat real.log; exit 1; }
+    --arms scratch,direct-choice,sequential,recommended --out real > real.txt 2> real.log || { cat real.log; exit 1; }
   cp real.txt "$records/realdata.txt"
 fi
 rm -rf "$records/demo" && mkdir -p "$records/demo"

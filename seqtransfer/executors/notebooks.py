@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'files_state', 'study_parameters', 'Desk', 'affinity_job', 'stage_job', 'run_job', 'jobs_of', 'Times',
            'measure', 'measured', 'trained_before', 'with_times', 'duration', 'JobPlan', 'plan_jobs', 'plan_summary',
-           'plan_table', 'failure_of', 'Notebooks', 'one_by_one']
+           'plan_table', 'failure_of', 'one_by_one', 'Notebooks']
 
 # %% ../../nbs/48_executors.notebooks.ipynb #a2a2077f
 import re
@@ -344,37 +344,10 @@ def failure_of(
     found = notebook if (Path(out) / notebook).exists() else None
     return Failure(job.id, outcome["state"], outcome["error"], outcome.get("cell"), found)
 
-
+# %% ../../nbs/48_executors.notebooks.ipynb #a688735f
 def _waits(job: Job, ended: dict[str, dict]) -> str | None:
     "The id of a job that this one waits for and that was not done."
     return next((a for a in job.after if a in ended and ended[a]["state"] != "done"), None)
-
-
-@dataclass(frozen=True)
-class Notebooks:
-    "Carries a study out as notebooks, one after the other."
-
-    threads: int | None = None  # of torch in each notebook; those it has in this process when None
-    limit: float | None = None  # seconds that a notebook may take
-    keep: bool = False  # let all notebooks share one kernel
-
-    def __call__(
-        self,
-        opened: OpenStudy,  # what is asked
-        out: Path | str,  # folder of the study, new or begun
-        show: Callable = ignore,  # called with a dict for each event
-    ) -> Carried:  # what was done, what failed
-        "Does what is left of a study; one notebook that fails leaves the others alone."
-        out, threads = Path(out).absolute(), self.threads or torch.get_num_threads()
-        study_parameters(opened.study, opened.study.targets[0], 0)
-        planned = begin_study(opened, out, machine(threads))
-        jobs = [replace(job, keep=self.keep) for job in jobs_of(planned, out, threads)]
-        write_plan(out, planned, map(asdict, jobs))
-        todo = left_to_do(out, jobs)
-        show({"what": "begin", "jobs": jobs, "todo": todo})
-        ended = one_by_one(todo, out, self.limit, show)
-        failed = tuple(failure_of(out, j, ended[j.id]) for j in todo if ended[j.id]["state"] != "done")
-        return Carried(planned, sum(o.get("fresh", False) for o in ended.values()), failed)
 
 
 def _teller(show: Callable, job: Job) -> Callable:
@@ -403,3 +376,30 @@ def one_by_one(
             ended[job.id] = do_job(asdict(job), out, limit, _teller(show, job))
         show({"what": "end", "job": job, "outcome": ended[job.id], "ended": len(ended), "left": None})
     return ended
+
+# %% ../../nbs/48_executors.notebooks.ipynb #1c9ef6b1
+@dataclass(frozen=True)
+class Notebooks:
+    "Carries a study out as notebooks, one after the other."
+
+    threads: int | None = None  # of torch in each notebook; those it has in this process when None
+    limit: float | None = None  # seconds that a notebook may take
+    keep: bool = False  # let all notebooks share one kernel
+
+    def __call__(
+        self,
+        opened: OpenStudy,  # what is asked
+        out: Path | str,  # folder of the study, new or begun
+        show: Callable = ignore,  # called with a dict for each event
+    ) -> Carried:  # what was done, what failed
+        "Does what is left of a study; one notebook that fails leaves the others alone."
+        out, threads = Path(out).absolute(), self.threads or torch.get_num_threads()
+        study_parameters(opened.study, opened.study.targets[0], 0)
+        planned = begin_study(opened, out, machine(threads))
+        jobs = [replace(job, keep=self.keep) for job in jobs_of(planned, out, threads)]
+        write_plan(out, planned, map(asdict, jobs))
+        todo = left_to_do(out, jobs)
+        show({"what": "begin", "jobs": jobs, "todo": todo})
+        ended = one_by_one(todo, out, self.limit, show)
+        failed = tuple(failure_of(out, j, ended[j.id]) for j in todo if ended[j.id]["state"] != "done")
+        return Carried(planned, sum(o.get("fresh", False) for o in ended.values()), failed)
