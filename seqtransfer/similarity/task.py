@@ -30,8 +30,6 @@ SYNONYMS = {  # a normalised name -> the name that stands for it
     "ncrnet": "necrosis",
     "necroticcore": "necrosis",
     "myo": "myocardium",
-    "lv": "leftventricle",
-    "rv": "rightventricle",
 }
 
 
