@@ -21,7 +21,7 @@ help:
 	@echo "make transfer   does transfer between phantom tasks look like transfer? trains 16 sources for 4 targets, five seeds (about 30 minutes)"
 	@echo "make compare    all arms of the protocol on a phantom target with three seeds (about 15 minutes)"
 	@echo "make grid       every sequence of two of six phantom sources, for two targets and three seeds (under 15 minutes)"
-	@echo "make recipes    one set of source models fine-tuned under ten recipes, on real MRI (DATA=../shared; about two hours on one core)"
+	@echo "make recipes    one set of source models fine-tuned under nine recipes, on real MRI (DATA=../shared; about two hours on one core)"
 	@echo "make evidence   is the recommendation right, on real MRI and on a phantom zoo of uneven sizes? (DATA=../shared; hours on two cores, goes on where it was)"
 	@echo "make bench      the affinity against reading the files and the paper's loop; the training loop against its passes alone; the engine against the function it calls (about 25 minutes; 0.7 GB of phantom volumes stay in the cache)"
 	@echo "make clean      remove what demo left; the environment stays"

@@ -69,7 +69,7 @@ def _as_parts(frozen) -> tuple[str, ...]:
 def recipe_stage(
     task: Task,  # what to train on
     steps: int,  # optimiser steps
-    lr: float,  # initial learning rate, unless the hop says another
+    lr: float,  # highest learning rate, unless the hop says another
     recipe: Recipe,  # of all stages
     seed: int,  # of the split
     differs: dict | None = None,  # what this hop does differently
@@ -325,13 +325,11 @@ def _richest(ranked: tuple[str, ...], split: Protocol) -> str | None:
     return most if patients[most] > patients[ranked[0]] else None
 
 
-def _can_follow(candidate: Candidate, split: Protocol, recipe: Recipe) -> bool:
-    "Whether the recipe has steps and hops that suit a candidate."
-    try:
-        arm_stages(candidate.arm, candidate.sources, split, recipe)
-    except InputError:
-        return False
-    return True
+def _can_follow(candidate: Candidate, recipe: Recipe) -> bool:
+    "Whether the recipe has a step for each of several sources, and a source for each of its hops."
+    n = len(candidate.sources)
+    hops = len(recipe.hops) if find_arm(candidate.arm).follows_path else 0
+    return hops <= n and (n < 2 or n <= recipe.source_steps)
 
 # %% ../nbs/42_questions.ipynb #e27572c1
 def question_candidates(
@@ -355,7 +353,7 @@ def question_candidates(
     known = paths[:1] if study.paths == "all" else paths
     along = tuple(path for path in known if set(path) <= set(names))
     usual = usual_candidates(ranked, along, study.tried, _richest(ranked, split))
-    return tuple(candidate for candidate in usual if _can_follow(candidate, split, study.recipe))
+    return tuple(candidate for candidate in usual if _can_follow(candidate, study.recipe))
 
 # %% ../nbs/42_questions.ipynb #57db3276
 def open_pool(

@@ -463,7 +463,7 @@ def deep_loss(
 # %% ../nbs/31_training.ipynb #7daa8898
 def rate(
     step: int,  # from 0
-    stage: Stage,  # its steps, initial rate and optimiser
+    stage: Stage,  # its steps, highest rate and optimiser
 ) -> float:  # learning rate of that step
     "The learning rate: it rises evenly, then falls: half a cosine for AdamW, (1 - step/steps)^0.9 for SGD."
     rising = int(stage.warmup * stage.steps)
@@ -529,6 +529,9 @@ def optimiser_for(
         raise InputError(
             f"Nothing is left to train on {stage.task.name} when {', '.join(stage.frozen)} are frozen: freeze less."
         )
+    if groups[0]["part"] != "head" and (stage.probe or not stage.earlier):
+        still = f"Nothing would move on {stage.task.name}: the head is frozen, and the rest waits for it"
+        raise InputError(f"{still}: freeze less, or leave out probe and an earlier of 0.")
     if stage.optimiser == "adamw":
         decay = 0.01 if stage.decay is None else stage.decay
         return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=decay)

@@ -14,7 +14,7 @@ from joblib import Parallel, delayed
 from recipes import carried_out, linked_pool
 
 from seqtransfer.clusters import cores
-from seqtransfer.core import code_digest, read_json, replacing, write_json
+from seqtransfer.core import InputError, code_digest, digest, read_json, replacing, write_json
 from seqtransfer.datasets import read_pool
 from seqtransfer.evaluation import evaluate
 from seqtransfer.features import score_pool
@@ -59,7 +59,8 @@ def open_pool(name: str, data: Path, out: Path) -> TaskPool:
     "The tasks of a pool; phantoms are drawn when they are not there."
     if name == "real":
         return linked_pool(data, out)
-    return read_pool(write_zoo(out / "zoo", like="fets2022", size=48, cases="paper/10"))
+    drawn = out / f"zoo-{digest(code_digest('core', 'phantom', 'zoo'))}"
+    return read_pool(write_zoo(drawn, like="fets2022", size=48, cases="paper/10"))
 
 
 def cell_study(cell: Cell, pool: TaskPool, asked: dict, options: dict) -> Study:
@@ -89,7 +90,8 @@ def candidate_scores(planned: Plan, run: ArmRun, stages: Path) -> pd.DataFrame:
 def held_out(run: ArmRun, here: Path) -> pd.DataFrame:
     "Dice of each candidate on each labelled patient who was held out, and which was chosen."
     said = read_json(result_file(here, run.label, run.seed))["verdict"]
-    scores = pd.DataFrame(said["scores"]).melt("patient", var_name="candidate", value_name="dice")
+    scores = pd.DataFrame(said["scores"], columns=["patient", *(tried.name for tried in run.tried)])
+    scores = scores.melt("patient", var_name="candidate", value_name="dice")
     return scores.assign(chosen=scores.candidate == said["chosen"])
 
 
@@ -127,23 +129,28 @@ def distances(cell: Cell, planned: Plan, published: Plan, stages: Path) -> pd.Da
     return table.rename_axis("source").reset_index()
 
 
-def parts_of(cell: Cell, out: Path) -> dict[str, Path]:
+def state(asked: dict) -> str:
+    "A name for what is asked and for the code that answers, so that no table of another version is taken for this."
+    return digest(asked, code_digest("training", "affinity", "verdict", "questions", "executors.here"))
+
+
+def parts_of(cell: Cell, asked: dict, out: Path) -> dict[str, Path]:
     "Where the tables of a cell lie."
-    return {name: out / "parts" / f"{cell}.{name}.parquet" for name in TABLES}
+    return {name: out / state(asked) / f"{cell}.{name}.parquet" for name in TABLES}
 
 
 def do_cell(cell: Cell, pool: TaskPool, asked: dict, out: Path) -> None:
     "Carries all studies of a cell out and keeps its tables."
     torch.set_num_threads(1)
-    files = parts_of(cell, out)
+    files = parts_of(cell, asked, out)
     if all(file.exists() for file in files.values()):
         return
     stages, plans, runs = out / "stages", {}, []
     for name, options in asked["studies"].items():
-        here = out / "cells" / str(cell) / name.replace(" ", "-")
+        here = out / state(asked) / str(cell) / name.replace(" ", "-")
         plans[name] = carried_out(cell_study(cell, pool, asked, options), here, stages)
         runs.append(results_table(here).assign(study=name))
-    planned, here = plans["chosen"], out / "cells" / str(cell) / "chosen"
+    planned, here = plans["chosen"], out / state(asked) / str(cell) / "chosen"
     judged = judged_run(planned)
     runs.append(candidate_scores(planned, judged, stages).assign(study="chosen", target=cell.target, seed=cell.seed))
     tables = {
@@ -157,30 +164,41 @@ def do_cell(cell: Cell, pool: TaskPool, asked: dict, out: Path) -> None:
     print(f"{cell} is done", file=sys.stderr, flush=True)
 
 
-def keep(cells: list[Cell], out: Path) -> None:
-    "The tables of all cells as three files beside this one, and what made them."
+def try_cell(cell: Cell, pool: TaskPool, asked: dict, out: Path) -> None:
+    "A cell that cannot be done leaves the others alone."
+    try:
+        do_cell(cell, pool, asked, out)
+    except InputError as e:
+        print(f"{cell} is not done: {e}", file=sys.stderr, flush=True)
+
+
+def keep(cells: list[Cell], asked: dict, out: Path) -> None:
+    "The tables of the cells that are done as three files beside this one, and what made them."
+    done = [cell for cell in cells if all(file.exists() for file in parts_of(cell, asked, out).values())]
+    if not done:
+        sys.exit("No cell is done, and the tables are as they were.")
     (RECORDS / "evidence").mkdir(exist_ok=True)
     for name in TABLES:
-        files = [parts_of(cell, out)[name] for cell in cells]
-        table = pd.concat(pd.read_parquet(file) for file in files if file.exists())
+        table = pd.concat(pd.read_parquet(parts_of(cell, asked, out)[name]) for cell in done)
         numbers = table.select_dtypes("float").columns
         table[numbers] = table[numbers].round(5)
         table.to_parquet(RECORDS / "evidence" / f"{name}.parquet", index=False)
-    done = sum(parts_of(cell, out)["runs"].exists() for cell in cells)
-    code = code_digest("training", "affinity", "verdict", "questions", "executors.here")
-    write_json(RECORDS / "evidence" / "run.json", {"cells": len(cells), "done": done, "code": code})
+    write_json(RECORDS / "evidence" / "run.json", {"cells": len(cells), "done": len(done), "state": state(asked)})
 
 
 def main(data: Path, out: Path, wanted: list[str]) -> None:
     "A process for each core, each with cells of its own."
     asked = read_asked()
     cells = cells_of(asked)
-    for folder in ("parts", "stages"):
+    unknown = set(wanted) - set(map(str, cells))
+    if unknown:
+        sys.exit(f"There is no cell {min(unknown)}: give e.g. {cells[0]}.")
+    for folder in (state(asked), "stages"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     pools = {name: open_pool(name, data, out) for name in asked["pools"]}
     todo = [cell for cell in cells if not wanted or str(cell) in wanted]
-    Parallel(cores())(delayed(do_cell)(cell, pools[cell.pool], asked, out) for cell in todo)
-    keep(cells, out)
+    Parallel(cores())(delayed(try_cell)(cell, pools[cell.pool], asked, out) for cell in todo)
+    keep(cells, asked, out)
 
 
 if __name__ == "__main__":

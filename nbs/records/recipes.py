@@ -23,12 +23,14 @@ ARMS = ("scratch", "direct-choice", "sequential")
 
 def linked_pool(folder: Path, out: Path) -> TaskPool:
     "The data sets of both real collections as one pool."
-    here = out / "data"
+    here, datasets = out / "data", sorted(folder.glob("real*/Dataset*"))
     here.mkdir(parents=True, exist_ok=True)
-    for dataset in sorted(folder.glob("real*/Dataset*")):
+    if len({dataset.name for dataset in datasets}) < max(len(datasets), 1):
+        sys.exit(f"{folder} holds no data sets in realdata and realpool, or two of one name: give the folder of both.")
+    for dataset in datasets:
         link = here / dataset.name
-        if not link.exists():
-            link.symlink_to(dataset.absolute(), target_is_directory=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(dataset.absolute(), target_is_directory=True)
     return read_pool(here)
 
 

@@ -5,9 +5,12 @@ import re
 import tempfile
 from pathlib import Path
 
+from seqtransfer.core import replacing
+
 ROOT = Path(__file__).parents[2]
 PLACES = (
     (re.compile(re.escape(f"{tempfile.gettempdir()}/tmp") + r"\w+"), "WORK"),
+    (re.compile(re.escape(str(ROOT)) + r"(?=/(?:seqtransfer|nbs)/)"), "REPOSITORY"),
     (re.compile(r"/[\w./-]*/\.venv/(?:cache|pages)|/[\w./-]*/\.cache/seqtransfer"), "CACHE"),
 )
 
@@ -31,7 +34,8 @@ def tidy_pages() -> None:
         page = json.loads(file.read_text())
         tidied = {**page, "cells": [without_outputs_places(cell) for cell in page["cells"]]}
         if tidied != page:
-            file.write_text(json.dumps(tidied, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+            with replacing(file) as part:
+                Path(part).write_text(json.dumps(tidied, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
 
 
 def without_outputs_places(cell: dict) -> dict:
