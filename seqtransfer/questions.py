@@ -7,7 +7,7 @@ __all__ = ['STAGE_OPTIONS', 'RECIPE_OPTIONS', 'FROM_TRAINED', 'shared_out', 'joi
            'arm_stages', 'network_plan', 'check_cases', 'check_recipe', 'study_affinity', 'Question',
            'patients_to_hold_out', 'without_patient', 'only_patient', 'without_labelled', 'question_candidates',
            'open_pool', 'open_question', 'reopen_question', 'OpenStudy', 'open_study', 'claim_folder', 'write_protocol',
-           'candidate_paths', 'write_choice', 'write_question']
+           'own_said', 'candidate_paths', 'write_choice', 'write_question']
 
 # %% ../nbs/42_questions.ipynb #e1453b27
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from .core import InputError, digest, progress, read_json, replacing, writable, 
 from .datasets import read_pool
 from .folders import affinity_folder, protocol_file, target_folder
 from .networks import NetworkPlan, plan_for
-from .paths import TransferPath, best_paths, explain, path_rule, path_table
+from .paths import TransferPath, best_paths, explain, own_only, path_rule, path_table
 from .search import path_cost
 from .protocol import Protocol, protocol
 from .study import Recipe, Study, check_known, identity
@@ -363,10 +363,15 @@ def open_pool(
     return study.data if isinstance(study.data, TaskPool) else read_pool(study.data, **study.wanted)
 
 
+def _nearest(study: Study, near: Affinity, target: str) -> str:
+    "The best single source by the study's rule."
+    return best_paths(near, target, 1, **path_rule(study.path_rule)(near, target, 1))[0].sources[0]
+
+
 def _paths(study: Study, near: Affinity | None, target: str) -> tuple[tuple[str, ...], ...]:
     "The paths of a target; all of them in the order of their costs."
     if study.paths == "chosen":
-        by_rule = path_rule(study.rule)(near, target)
+        by_rule = path_rule(study.path_rule)(near, target, study.n_sources)
         return (best_paths(near, target, study.n_sources, **by_rule)[0].sources,)
     if study.paths == "all":
         return tuple(p.sources for p in best_paths(near, target, study.n_sources, top=10**6))
@@ -398,7 +403,7 @@ def open_question(
     paths = _paths(study, near, target)
     for path in paths:
         check_known(path, names, f"on a path to {target}", "The study")
-    nearest = best_paths(near, target, 1)[0].sources[0] if near and study.choice is None else study.choice
+    nearest = _nearest(study, near, target) if near and study.choice is None else study.choice
     question = Question(study, split, network_plan(split, study.recipe), paths, nearest, near)
     if _judges(study):
         held_out, own = patients_to_hold_out(split.train), without_labelled(split)
@@ -497,16 +502,26 @@ def write_protocol(
     return write_json(protocol_file(folder, split.seed), said)
 
 
+def own_said(
+    near: Affinity,  # distances, lower is closer
+    target: str,  # name of the target
+) -> list[str]:  # one sentence, or none
+    "What is said of sources that hold nobody but the target's labelled patients."
+    own = own_only(near, target)
+    return [f"Only your own labelled patients are left in {', '.join(own)}."] if own else []
+
+
 def candidate_paths(
     near: Affinity,  # distances, lower is closer
     target: str,  # name of the target
     n_sources: int,  # along a path
     top: int = 5,  # at most so many of each kind
-    rule: str = "paper",  # of `paths.PATH_RULES`
+    rule: str = "anchored",  # of `paths.PATH_RULES`
 ) -> list[TransferPath]:  # the best of so many sources, then the best direct ones
     "The paths that are shown to a reader."
-    paths = best_paths(near, target, n_sources, top, **path_rule(rule)(near, target))
-    return paths if n_sources == 1 else [*paths, *best_paths(near, target, 1, top)]
+    numbers = (n_sources,) if n_sources == 1 else (n_sources, 1)
+    found = [best_paths(near, target, n, top, **path_rule(rule)(near, target, n)) for n in numbers]
+    return [path for paths in found for path in paths]
 
 # %% ../nbs/42_questions.ipynb #5fd1c5a1
 def write_choice(
@@ -514,17 +529,19 @@ def write_choice(
     near: Affinity,  # distances, lower is closer
     target: str,  # name of the target
     n_sources: int,  # along a path
-    rule: str = "paper",  # of `paths.PATH_RULES`
+    rule: str = "anchored",  # of `paths.PATH_RULES`
 ) -> dict[str, object]:  # what `path.json` holds: target, sources, cost, tied, choice, why
     "Writes the distances, the candidate paths, the best of them and the nearest source."
     folder, n = Path(folder), min(n_sources, len(near.names) - 1)
+    by_rule = path_rule(rule)(near, target, n)
+    candidates = candidate_paths(near, target, n, rule=rule)
     near.save(writable(folder) / "affinity.csv")
     with replacing(folder / "paths.csv") as part:
-        path_table(candidate_paths(near, target, n, rule=rule)).to_csv(part, index=False)
-    by_rule = path_rule(rule)(near, target)
-    best, direct = best_paths(near, target, n, **by_rule)[0], best_paths(near, target, 1)[0]
+        path_table(candidates).to_csv(part, index=False)
+    best, direct = candidates[0], next(path for path in candidates if len(path.sources) == 1)
     why = explain(best, near, **by_rule)
-    held = f"\nThe rule {rule} holds {best.sources[-1]} in the last place." if by_rule else ""
+    held = f"\nThe rule {rule} holds {best.sources[-1]} in the last place." if "forbidden" in by_rule else ""
+    held += "".join(f"\n{sentence}" for sentence in own_said(near, target))
     if why.winners is not None:  # how often each path is the best under resampled patients
         with replacing(folder / "winners.csv") as part:
             why.winners.to_csv(part, index=False)
@@ -543,4 +560,4 @@ def write_question(
     write_protocol(here, question.split)
     if question.near is not None:
         folder = affinity_folder(here, question.seed)
-        write_choice(folder, question.near, question.target, study.n_sources, study.rule)
+        write_choice(folder, question.near, question.target, study.n_sources, study.path_rule)

@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 
 from .affinity import definition
-from .arms import ARMS, find_arm, whole
+from .arms import ARMS, COMPARED, find_arm, whole
 from .core import InputError, nearest, read_json
 from .networks import NETWORKS
-from .paths import path_rule
+from .paths import path_rule, usual_rule
 from .tasks import TaskPool
 from .training import AUGMENTATIONS, MIRRORS, OPTIMISERS, Pretrained
 
@@ -143,7 +143,7 @@ class Study:
     paths: object = "chosen"  # `chosen` for each target and seed, `all` sequences, or a tuple of tuples of names
     n_sources: int = 2  # along a path that is chosen, or in each of all
     among: tuple[str, ...] = ()  # names that may be sources; all other tasks when empty
-    arms: tuple[str, ...] = ("scratch", "direct-choice", "sequential")  # of `arms.ARMS`
+    arms: tuple[str, ...] = COMPARED  # of `arms.ARMS`
     seeds: tuple[int, ...] = (0,)  # of split, sampling, weights, patches; all arms are run for each
     shots: int = 3  # labelled target patients
     test: int | None = None  # test patients; all others when None
@@ -154,10 +154,15 @@ class Study:
     choice: str | None = None  # with given paths: the first choice of one source; the affinity's when None
     candidates: object = "chosen"  # of `recommended`: `chosen` by the affinity, or tuples of an arm and its sources
     tried: int = 3  # how many of the nearest sources `recommended` tries
-    rule: str = "paper"  # of `paths.PATH_RULES`: how a path is chosen
+    rule: str | None = None  # of `paths.PATH_RULES`: how a path is chosen; the one of the mode when None
 
     def __post_init__(self):
         check_study(self)
+
+    @property
+    def path_rule(self) -> str:  # name in `paths.PATH_RULES`
+        "The rule by which paths are chosen."
+        return self.rule or usual_rule(self.mode)
 
 # %% ../nbs/41_study.ipynb #6aa381ef
 def check_study(
@@ -175,7 +180,7 @@ def check_study(
     if study.candidates != "chosen":
         _check_candidates(study.candidates)
     definition(study.mode, study.weights)
-    path_rule(study.rule)
+    path_rule(study.path_rule)
 
 
 def _check_candidates(candidates: object) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .arms import ANSWERED
 from .core import InputError, RunError
 from .executors.dask import Dask
 from .executors.here import here
@@ -141,7 +142,7 @@ def run(
     data: Path | str,  # folder with data sets
     target: str,  # name of the target task
     out: Path | str,  # folder of the run, new or begun
-    arms: tuple[str, ...] = ("scratch", "direct-choice", "sequential"),  # of `ARMS`
+    arms: tuple[str, ...] = ANSWERED,  # of `ARMS`
     sources: int = 2,  # along the path
     shots: int = 3,  # labelled target patients
     test: int | None = None,  # test patients; all others when None
@@ -152,6 +153,7 @@ def run(
     show: Callable = tell,  # called with a dict for each event
     seeds: tuple[int, ...] | None = None,  # several seeds, instead of `seed`
     weights: dict | None = None,  # term -> weight of the affinity, as a calibration fits them
+    rule: str | None = None,  # of `paths.PATH_RULES`: how a path is chosen; that of the mode when None
 ) -> Run:  # results and failures
     "A path, its arms and a report as executed notebooks; raises `InputError`, or `RunError` if no arm was finished."
     if recipe.start:
@@ -168,6 +170,7 @@ def run(
         wanted=wanted or {},
         mode=mode,
         weights=weights,
+        rule=rule,
     )
     return checked(run_study(study, out, Notebooks(), show))
 

@@ -106,7 +106,7 @@ def affinity_job(
         "mode": study.mode,
         "weights": study.weights or {},
         "sources": study.n_sources,
-        "rule": study.rule,
+        "rule": study.path_rule,
         "among": list(study.among),
         "saved": str(folder / "affinity.csv"),
         "out": str(folder),
