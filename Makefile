@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
-PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/explanations/*.ipynb) nbs/benchmarks.ipynb nbs/gallery.ipynb nbs/index.ipynb
+PAGES := $(wildcard nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/howto/*.ipynb nbs/explanations/*.ipynb) nbs/benchmarks.ipynb nbs/evidence.ipynb nbs/gallery.ipynb nbs/index.ipynb
 TEMPLATES := affinity stage transfer_path report grid
 
 .PHONY: help install demo test test-slow test-browser docs notebooks export readme record transfer compare grid recipes evidence bench lab clean

@@ -816,7 +816,9 @@ def _about(tasks: Sequence[Task], cases: int, seed: int, first: tuple[str, ...])
     for task in tasks:
         about = {"dataset": task.dataset, "site": task.site, "modality": task.modality, "label": task.label}
         patients = [case.patient for case in sample(task, cases, seed, first)]
-        out[task.name] = {**about, "cases": len(task), "sampled": len(patients), "patients": patients}
+        others = len(set(task.patients) - set(first))
+        said = {"cases": len(task), "others": others, "sampled": len(patients), "patients": patients}
+        out[task.name] = {**about, **said}
     return out
 
 
@@ -845,7 +847,7 @@ def _refuse_missing(a: Affinity) -> None:
 # %% ../nbs/12_affinity.ipynb #d812dc0b
 def affinity(
     pool: TaskPool,  # the tasks
-    mode: str = "default",  # "default" (image, label, name and number of patients) or "paper" (ica and oca as published)
+    mode: str = "default",  # one of `PRESETS`: "default", or "paper" (ica and oca as published)
     target: str | None = None,  # task to keep test patients for; without one all cases may be sampled
     shots: int = 3,  # labelled patients of the target
     seed: int = 0,  # of split, sample and resampling

@@ -599,10 +599,18 @@ def load(
     return cls(held["weights"], tuple(held["folds"]), tuple(held["scores"]), held["parameters"])
 
 # %% ../nbs/35_calibration.ipynb #d537ed63
+def _tells(affinity: Affinity, term: str) -> bool:
+    "Whether two sources of some target differ in a term; yes for one that the affinity does not hold."
+    if term not in affinity.terms:
+        return True
+    between = np.where(np.eye(len(affinity.names), dtype=bool), np.nan, affinity.terms[term])
+    return bool((np.nanmax(between, axis=0) > np.nanmin(between, axis=0)).any())
+
+
 def _terms_asked(affinity: Affinity, terms: Sequence[str] | str | None) -> list[str]:
     "The terms to weigh, sorted; raises `InputError` for an unknown one and for fewer than two."
     if terms is None:
-        terms = affinity.weights
+        terms = [term for term in affinity.weights if _tells(affinity, term)]
     terms = sorted({terms} if isinstance(terms, str) else set(terms))
     unknown = [term for term in terms if term not in affinity.terms]
     if unknown:

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import seqtransfer
 from .arms import ANSWERED, TABLE, label_transfers
-from .core import InputError, RunError, replacing, writable
+from .core import InputError, RunError, read_json, replacing, writable
 
 # %% ../nbs/60_cli.ipynb #18e7e2e0
 app = typer.Typer(
@@ -479,17 +479,18 @@ def paths(
     "Find the best source sequences for a target, and the best direct source and the best of two and three with them."
     import pandas as pd
     from seqtransfer.datasets import read_pool
-    from seqtransfer.paths import best_paths, explain, path_rule, path_table, side_by_side, usual_rule
+    from seqtransfer.paths import best_paths, explain, path_rule, path_table, rule_said, side_by_side, usual_rule
     from seqtransfer.questions import own_said
 
+    rule = rule or usual_rule(mode)
+    ruled = path_rule(rule)
     pool = read_pool(data, **_wanted(sites, modalities, labels, cases))
     split = {"target": target, "shots": shots, "seed": seed, "test": test}
     near = _affinity(pool, mode, weights, **split, cases=sampled, device=device)
-    ruled = path_rule(rule or usual_rule(mode))
     by_rule = ruled(near, target, sources)
     found = best_paths(near, target, sources, top, **by_rule)
     lengths = [n for n in (1, 2, 3) if n < len(near.names) and n != sources]
-    beside = side_by_side(near, target, lengths, **ruled(near, target))
+    beside = side_by_side(near, target, lengths, rule=rule) if lengths else []
     table = pd.concat([path_table(found), path_table(beside)], ignore_index=True)
     if csv:
         with replacing(csv) as part:
@@ -504,7 +505,7 @@ def paths(
         print(reason)
     elif found[0].tied and not as_json:
         print(TIED)
-    for sentence in own_said(near, target):
+    for sentence in (*rule_said(found[0], by_rule), *own_said(near, target, by_rule.get("exclude", ()))):
         say(sentence)
 
 # %% ../nbs/60_cli.ipynb #e2c53fc1
@@ -658,6 +659,7 @@ def _finish(out: Path, as_json: bool) -> None:
     candidates = affinity_folder(out, results.arms.seed.min()) / "paths.csv"
     if candidates.exists():
         show_table(pd.read_csv(candidates), "Candidate paths: costs compare only within one number of sources")
+        print(read_json(candidates.with_name("path.json"))["why"], end="\n\n")
     _print_files(out)
     _print_models(out, results)
 

@@ -23,7 +23,7 @@ from .core import InputError, digest, progress, read_json, replacing, writable, 
 from .datasets import read_pool
 from .folders import affinity_folder, protocol_file, target_folder
 from .networks import NetworkPlan, plan_for
-from .paths import TransferPath, best_paths, explain, own_only, path_rule, path_table
+from .paths import TransferPath, best_paths, explain, own_only, path_rule, path_table, rule_said
 from .search import path_cost
 from .protocol import Protocol, protocol
 from .study import Recipe, Study, check_known, identity
@@ -183,7 +183,8 @@ def check_recipe(
     if not 0 <= held < left:
         who = "labelled patients less the one held out in turn" if judged else "labelled patients"
         few = f"Of {left} {who} {held} cannot be held out for validation"
-        raise InputError(f"{few}: hold out fewer, or ask for more shots.")
+        also = ", or leave out the arm recommended" if judged else ""
+        raise InputError(f"{few}: hold out fewer, or ask for more shots{also}.")
     kinds = {(stage.frozen, stage.head): stage for found in stages for stage in found.all}
     for stage in kinds.values():
         optimiser_for(begin(stage, plan)[0], stage)
@@ -350,7 +351,7 @@ def question_candidates(
         return (Candidate("scratch"),)
     if not judged:
         return (Candidate("direct-choice", ranked[:1]),)
-    known = paths[:1] if study.paths == "all" else paths
+    known = _paths(replace(study, paths="chosen"), near, split.train.name) if study.paths == "all" else paths
     along = tuple(path for path in known if set(path) <= set(names))
     usual = usual_candidates(ranked, along, study.tried, _richest(ranked, split))
     return tuple(candidate for candidate in usual if _can_follow(candidate, study.recipe))
@@ -501,14 +502,18 @@ def write_protocol(
     }
     return write_json(protocol_file(folder, split.seed), said)
 
-
+# %% ../nbs/42_questions.ipynb #a1c50b06
 def own_said(
     near: Affinity,  # distances, lower is closer
     target: str,  # name of the target
+    excluded: Iterable[str] = (),  # names that the rule does not choose
 ) -> list[str]:  # one sentence, or none
     "What is said of sources that hold nobody but the target's labelled patients."
     own = own_only(near, target)
-    return [f"Only your own labelled patients are left in {', '.join(own)}."] if own else []
+    if not own:
+        return []
+    chosen = "not chosen" if set(own) <= set(excluded) else "chosen only where the rule has nothing else"
+    return [f"Only your own labelled patients are left in {', '.join(own)}: {chosen}."]
 
 
 def candidate_paths(
@@ -519,6 +524,7 @@ def candidate_paths(
     rule: str = "anchored",  # of `paths.PATH_RULES`
 ) -> list[TransferPath]:  # the best of so many sources, then the best direct ones
     "The paths that are shown to a reader."
+    n_sources = min(n_sources, len(near.names) - 1)
     numbers = (n_sources,) if n_sources == 1 else (n_sources, 1)
     found = [best_paths(near, target, n, top, **path_rule(rule)(near, target, n)) for n in numbers]
     return [path for paths in found for path in paths]
@@ -540,13 +546,12 @@ def write_choice(
         path_table(candidates).to_csv(part, index=False)
     best, direct = candidates[0], next(path for path in candidates if len(path.sources) == 1)
     why = explain(best, near, **by_rule)
-    held = f"\nThe rule {rule} holds {best.sources[-1]} in the last place." if "forbidden" in by_rule else ""
-    held += "".join(f"\n{sentence}" for sentence in own_said(near, target))
+    more = [*rule_said(best, by_rule), *own_said(near, target, by_rule.get("exclude", ()))]
     if why.winners is not None:  # how often each path is the best under resampled patients
         with replacing(folder / "winners.csv") as part:
             why.winners.to_csv(part, index=False)
     said = {"target": target, "sources": list(best.sources), "cost": best.cost, "tied": best.tied}
-    write_json(folder / "path.json", {**said, "choice": direct.sources[0], "why": f"{why}{held}"})
+    write_json(folder / "path.json", {**said, "choice": direct.sources[0], "why": "\n".join([str(why), *more])})
     return read_json(folder / "path.json")
 
 

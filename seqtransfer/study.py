@@ -203,7 +203,8 @@ def identity(
     "What two studies must share to write into one folder."
     may_differ = ("data", "wanted", "arms", "seeds")
     said = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in may_differ}
-    return {**said, "recipe": asdict(study.recipe)}
+    distance = asdict(definition(study.mode))
+    return {**said, "rule": study.path_rule, "distance": distance, "recipe": asdict(study.recipe)}
 
 # %% ../nbs/41_study.ipynb #249fce8b
 def _is_number(value) -> bool:
@@ -264,7 +265,7 @@ ENTRIES = {
     "choice": Entry(lambda v: isinstance(v, str), "the name of the first choice of one source"),
     "candidates": Entry(_is_candidates, "chosen, or a list of lists: an arm and the names of its sources"),
     "tried": Entry(_is_number, "a number of sources"),
-    "rule": Entry(lambda v: isinstance(v, str), "a rule for paths, paper or anchored"),
+    "rule": Entry(lambda v: v is None or isinstance(v, str), "a rule for paths, paper or anchored"),
 }
 
 # %% ../nbs/41_study.ipynb #184b1123

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .arms import ANSWERED
+from .arms import ANSWERED, COMPARED
 from .core import InputError, RunError
 from .executors.dask import Dask
 from .executors.here import here
@@ -64,7 +64,7 @@ def compare(
     target: str,  # name of the target task
     path: TransferPath | Sequence[str] | None = None,  # the sources, first to last; the affinity's choice when None
     choice: TransferPath | str | None = None,  # with a path: the first choice of one source; else the affinity's
-    arms: tuple[str, ...] = ("scratch", "direct-choice", "sequential"),  # of `ARMS`
+    arms: tuple[str, ...] = COMPARED,  # of `ARMS`
     seeds: tuple[int, ...] = (0,),  # of split, weights, patches; all arms are run for each
     shots: int = 3,  # labelled target patients
     test: int | None = None,  # test patients; all others when None
@@ -73,10 +73,11 @@ def compare(
     out: Path | str = "comparison",  # folder for stages and results; finished parts are found again
     mode: str = "default",  # of the affinity
     weights: dict | None = None,  # term -> weight of the affinity, as a calibration fits them
+    rule: str | None = None,  # of `paths.PATH_RULES`: how a path is chosen; that of the mode when None
 ) -> Comparison:  # per-case scores, curves, summary
     "Trains and tests the arms under one protocol, in this process; raises `InputError` for unusable input."
     asked = {"arms": arms, "seeds": seeds, "shots": shots, "test": test, "recipe": recipe, "n_sources": sources}
-    study = comparison_study(pool, target, path, choice, **asked, mode=mode, weights=weights)
+    study = comparison_study(pool, target, path, choice, **asked, mode=mode, weights=weights, rule=rule)
     opened = open_study(study)
     for sentence in opened.said:
         print(sentence)

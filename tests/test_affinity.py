@@ -180,7 +180,7 @@ def test_default_terms_are_means_of_exact_distances(pool):
 def test_default_divides_by_the_median(pool):
     a = affinity(pool)
     off = ~np.eye(len(pool), dtype=bool)
-    assert set(a.contributions()) == {"fg_z", "pca_z"}
+    assert set(a.contributions()) == {"fg_z", "pca_z", "same_label", "few"}
     assert all(np.median(m[off]) == pytest.approx(1) for m in a.contributions().values())
     assert np.allclose(sum(a.contributions().values())[off], a.distance[off])
 

@@ -1,7 +1,8 @@
 """Carries out the studies of `evidence.yaml`, one cell (a target and a seed) after the other, and keeps tidy tables.
 
 `make evidence` calls it: evidence.py DATA OUT [CELL ...], where DATA holds `realdata` and `realpool`. A run that was
-interrupted goes on: what is finished is found again. With cells, e.g. `real.IBSR-T1-CSF.0`, it does these alone."""
+interrupted goes on: what is finished is found again, in OUT or in the tables beside this file. With cells, e.g.
+`real.IBSR-T1-CSF.0`, it does these alone."""
 
 import sys
 from dataclasses import dataclass
@@ -129,9 +130,12 @@ def distances(cell: Cell, planned: Plan, published: Plan, stages: Path) -> pd.Da
     return table.rename_axis("source").reset_index()
 
 
+CODE = ("training", "affinity", "similarity.task", "paths", "arms", "study", "verdict", "questions", "executors.here")
+
+
 def state(asked: dict) -> str:
     "A name for what is asked and for the code that answers, so that no table of another version is taken for this."
-    return digest(asked, code_digest("training", "affinity", "verdict", "questions", "executors.here"))
+    return digest(asked, code_digest(*CODE))
 
 
 def parts_of(cell: Cell, asked: dict, out: Path) -> dict[str, Path]:
@@ -159,8 +163,9 @@ def do_cell(cell: Cell, pool: TaskPool, asked: dict, out: Path) -> None:
         "distances": distances(cell, planned, plans["published"], stages),
     }
     for name, file in files.items():
+        about = {"pool": cell.pool, "target": cell.target, "seed": cell.seed, "code": code_digest(*CODE)}
         with replacing(file) as part:
-            tables[name].assign(pool=cell.pool, target=cell.target, seed=cell.seed).to_parquet(part, index=False)
+            tables[name].assign(**about).to_parquet(part, index=False)
     print(f"{cell} is done", file=sys.stderr, flush=True)
 
 
@@ -172,18 +177,47 @@ def try_cell(cell: Cell, pool: TaskPool, asked: dict, out: Path) -> None:
         print(f"{cell} is not done: {e}", file=sys.stderr, flush=True)
 
 
+def without_names(table: pd.DataFrame) -> pd.DataFrame:
+    "The table with numbers in the place of patients, the same for one patient wherever he is met."
+    return table.assign(patient=table.patient.map(digest)) if "patient" in table else table
+
+
+def kept_before(asked: dict) -> dict[str, pd.DataFrame]:
+    """The tables beside this file where the same was asked, else none. The code may have been another: each row says
+    which. To ask all of it again, remove the folder."""
+    said = RECORDS / "evidence" / "run.json"
+    if not said.exists() or read_json(said)["asked"] != digest(asked):
+        return {}
+    return {name: pd.read_parquet(RECORDS / "evidence" / f"{name}.parquet") for name in TABLES}
+
+
+def cell_names(table: pd.DataFrame) -> pd.Series:
+    "The name of the cell of each row."
+    return table.pool + "." + table.target + "." + table.seed.astype(str)
+
+
+def merged(name: str, done: list[Cell], before: pd.DataFrame | None, asked: dict, out: Path) -> pd.DataFrame:
+    "One table of all cells: those that are done here, and those that were kept before."
+    parts = [without_names(pd.read_parquet(parts_of(cell, asked, out)[name])) for cell in done]
+    if before is not None:
+        parts.insert(0, before[~cell_names(before).isin(map(str, done))])
+    table = pd.concat(parts)
+    numbers = table.select_dtypes("float").columns
+    table[numbers] = table[numbers].round(5)
+    return table
+
+
 def keep(cells: list[Cell], asked: dict, out: Path) -> None:
     "The tables of the cells that are done as three files beside this one, and what made them."
     done = [cell for cell in cells if all(file.exists() for file in parts_of(cell, asked, out).values())]
     if not done:
-        sys.exit("No cell is done, and the tables are as they were.")
-    (RECORDS / "evidence").mkdir(exist_ok=True)
+        print("No cell was done here, and the tables are as they were.", file=sys.stderr)
+        return
+    before, folder = kept_before(asked), RECORDS / "evidence"
+    folder.mkdir(exist_ok=True)
     for name in TABLES:
-        table = pd.concat(pd.read_parquet(parts_of(cell, asked, out)[name]) for cell in done)
-        numbers = table.select_dtypes("float").columns
-        table[numbers] = table[numbers].round(5)
-        table.to_parquet(RECORDS / "evidence" / f"{name}.parquet", index=False)
-    write_json(RECORDS / "evidence" / "run.json", {"cells": len(cells), "done": len(done), "state": state(asked)})
+        merged(name, done, before.get(name), asked, out).to_parquet(folder / f"{name}.parquet", index=False)
+    write_json(folder / "run.json", {"asked": digest(asked)})
 
 
 def main(data: Path, out: Path, wanted: list[str]) -> None:
@@ -195,8 +229,10 @@ def main(data: Path, out: Path, wanted: list[str]) -> None:
         sys.exit(f"There is no cell {min(unknown)}: give e.g. {cells[0]}.")
     for folder in (state(asked), "stages"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    pools = {name: open_pool(name, data, out) for name in asked["pools"]}
-    todo = [cell for cell in cells if not wanted or str(cell) in wanted]
+    before = kept_before(asked)
+    have = set(cell_names(before["runs"])) if before else set()
+    todo = [cell for cell in cells if str(cell) in wanted or not (wanted or str(cell) in have)]
+    pools = {name: open_pool(name, data, out) for name in {cell.pool for cell in todo}}
     Parallel(cores())(delayed(try_cell)(cell, pools[cell.pool], asked, out) for cell in todo)
     keep(cells, asked, out)
 
