@@ -610,7 +610,8 @@ def _tells(affinity: Affinity, term: str) -> bool:
 def _terms_asked(affinity: Affinity, terms: Sequence[str] | str | None) -> list[str]:
     "The terms to weigh, sorted; raises `InputError` for an unknown one and for fewer than two."
     if terms is None:
-        terms = [term for term in affinity.weights if _tells(affinity, term)]
+        telling = [term for term in affinity.weights if _tells(affinity, term)]
+        terms = telling if len(telling) > 1 else affinity.weights
     terms = sorted({terms} if isinstance(terms, str) else set(terms))
     unknown = [term for term in terms if term not in affinity.terms]
     if unknown:
