@@ -440,7 +440,7 @@ def affinity(
     show_table(shown, f"{pairs}; low and high: 95 % interval under resampled patients", as_json)
     say(f"wrote {', '.join(map(str, files))}")
 
-# %% ../nbs/60_cli.ipynb #b4fa87fa
+# %% ../nbs/60_cli.ipynb #a1c50b11
 WHY = (
     "Also say why the best path is the best: its hops term by term, what the runner-up lacks, and how "
     "often it is the best under resampled patients."
@@ -453,7 +453,7 @@ def _explained(table: object, reason: object) -> str:
     said = {"paths": _as_records(table), "hops": _as_records(reason.hops), "winners": _as_records(reason.winners)}
     return json.dumps({**said, "why": str(reason)}, indent=1)
 
-
+# %% ../nbs/60_cli.ipynb #b4fa87fa
 @app.command()
 def paths(
     data: Data,
