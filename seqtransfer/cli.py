@@ -659,7 +659,8 @@ def _finish(out: Path, as_json: bool) -> None:
     candidates = affinity_folder(out, results.arms.seed.min()) / "paths.csv"
     if candidates.exists():
         show_table(pd.read_csv(candidates), "Candidate paths: costs compare only within one number of sources")
-        print(read_json(candidates.with_name("path.json"))["why"], end="\n\n")
+        reason = candidates.with_name("path.json")
+        print(read_json(reason)["why"] if reason.exists() else "", end="\n\n")
     _print_files(out)
     _print_models(out, results)
 

@@ -216,7 +216,8 @@ def keep(cells: list[Cell], asked: dict, out: Path) -> None:
     before, folder = kept_before(asked), RECORDS / "evidence"
     folder.mkdir(exist_ok=True)
     for name in TABLES:
-        merged(name, done, before.get(name), asked, out).to_parquet(folder / f"{name}.parquet", index=False)
+        with replacing(folder / f"{name}.parquet") as part:
+            merged(name, done, before.get(name), asked, out).to_parquet(part, index=False)
     write_json(folder / "run.json", {"asked": digest(asked)})
 
 
